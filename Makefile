@@ -1,0 +1,89 @@
+# `make` lists the targets. Each sets up what it needs in $(VENV).
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PROTO := jacserve/v1/jacobian.proto
+PROTOC = $(BIN)/python -m grpc_tools.protoc -Iproto \
+	--plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
+	--python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(PROTO)
+
+.PHONY: help
+help: ## Lists these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.runtime: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("jacserve needs Python 3.11 or newer; this is %s. Try: make PYTHON=python3.12" % sys.version.split()[0])'
+	@echo "Installing into $(VENV) (once; a minute or two) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "pip>=25.1"
+	@$(BIN)/python -m pip install --quiet -e ".[server,cli]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	@echo "Installing the development tools ..."
+	@$(BIN)/python -m pip install --quiet -e ".[server,cli]" --group dev
+	@touch $@
+
+.PHONY: install
+install: $(VENV)/.dev ## Makes the virtual environment, with all tools
+
+.PHONY: demo
+demo: $(VENV)/.runtime ## Starts a server and tours it through the client
+	@$(BIN)/python examples/tour.py
+
+.PHONY: serve
+serve: $(VENV)/.runtime ## Serves examples/functions.py on localhost:50051
+	@$(BIN)/jacserve serve examples/functions.py
+
+.PHONY: test
+test: $(VENV)/.dev ## Runs the tests
+	@$(BIN)/python -m pytest
+
+.PHONY: check
+check: format-check lint types layers proto-check test ## Runs everything that CI runs
+
+.PHONY: format
+format: $(VENV)/.dev ## Formats the code
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+.PHONY: format-check
+format-check: $(VENV)/.dev
+	@$(BIN)/ruff format --check .
+
+.PHONY: lint
+lint: $(VENV)/.dev ## Lints the code
+	@$(BIN)/ruff check .
+
+.PHONY: types
+types: $(VENV)/.dev ## Checks the types
+	@$(BIN)/pyright
+
+.PHONY: layers
+layers: $(VENV)/.dev ## Checks the architecture: who may import whom
+	@$(BIN)/lint-imports
+
+.PHONY: proto
+proto: $(VENV)/.dev ## Generates client/jacserve/v1 from proto/
+	@$(call PROTOC,client)
+
+.PHONY: proto-check
+proto-check: $(VENV)/.dev ## Checks that the generated code is fresh and documented
+	@rm -rf build/proto && mkdir -p build/proto
+	@$(call PROTOC,build/proto)
+	@diff -r -x __init__.py -x __pycache__ build/proto/jacserve/v1 client/jacserve/v1 \
+		|| { echo "The generated code is stale: run make proto."; exit 1; }
+	@! grep -n "Missing associated documentation comment" client/jacserve/v1/*.py \
+		|| { echo "An RPC of proto/$(PROTO) has no comment."; exit 1; }
+	@echo "The generated code is fresh."
+
+.PHONY: build
+build: $(VENV)/.dev ## Builds the wheel into dist/
+	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+.PHONY: clean
+clean: ## Removes what these targets made
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis

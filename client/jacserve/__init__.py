@@ -1,0 +1,47 @@
+"""Remote Jacobians of functions that a jacserve server has registered.
+
+The client needs numpy, grpcio and protobuf, and nothing else.
+"""
+
+from jacserve.async_client import AsyncClient
+from jacserve.client import Client
+from jacserve.errors import (
+    CancelledError,
+    CapacityError,
+    DeadlineError,
+    InvalidRequestError,
+    JacobianError,
+    NonFiniteError,
+    NotFoundError,
+    OverloadedError,
+    PreconditionError,
+    ServerError,
+    UnavailableError,
+)
+from jacserve.functions import ArgumentInfo, FunctionInfo, ResultInfo
+from jacserve.results import Result, Timing
+from jacserve.vocabulary import Layout, Mode, Quantity
+
+__all__ = [
+    "ArgumentInfo",
+    "AsyncClient",
+    "CancelledError",
+    "CapacityError",
+    "Client",
+    "DeadlineError",
+    "FunctionInfo",
+    "InvalidRequestError",
+    "JacobianError",
+    "Layout",
+    "Mode",
+    "NonFiniteError",
+    "NotFoundError",
+    "OverloadedError",
+    "PreconditionError",
+    "Quantity",
+    "Result",
+    "ResultInfo",
+    "ServerError",
+    "Timing",
+    "UnavailableError",
+]

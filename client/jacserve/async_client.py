@@ -1,0 +1,172 @@
+"""The asyncio client: the same calls as `Client`, to be awaited."""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import grpc.aio
+
+from jacserve.channels import DEFAULT_TARGET, channel_options
+from jacserve.errors import translated
+from jacserve.functions import FunctionInfo, decode_function
+from jacserve.queries import Inputs, Options, encode_query
+from jacserve.results import Result, decode_result
+from jacserve.tensors import Array
+from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
+from jacserve.vocabulary import Quantity
+
+
+class AsyncClient:
+    """Asks a server for Jacobians from an event loop.
+
+    Its methods take the arguments of `Client`'s and raise the same errors.
+
+    ```python
+    async with jacserve.AsyncClient("localhost:50051") as client:
+        jac = await client.jacobian("spherical", np.array([2.0, 0.5, 1.0]))
+    ```
+    """
+
+    def __init__(
+        self, target: str = DEFAULT_TARGET, *, timeout_s: float | None = None
+    ) -> None:
+        """Prepares a connection; the first call makes it.
+
+        Args:
+            target: The server's address.
+            timeout_s: The timeout of calls that name none, in seconds.
+        """
+        self._target = target
+        self._timeout_s = timeout_s
+        self._channel = grpc.aio.insecure_channel(
+            target, options=channel_options(target)
+        )
+        self._stub = pb_grpc.JacobianServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        """Returns the client itself."""
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Closes the connection."""
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connection; calls that still run are cancelled."""
+        await self._channel.close()
+
+    async def functions(self, *, timeout_s: float | None = None) -> list[FunctionInfo]:
+        """Lists the registered functions; see `Client.functions`."""
+        found: list[FunctionInfo] = []
+        request = pb.ListFunctionsRequest()
+        while True:
+            with translated(self._target):
+                page = await self._stub.ListFunctions(
+                    request, timeout=self._timeout(timeout_s)
+                )
+            found.extend(map(decode_function, page.functions))
+            if not page.next_page_token:
+                return found
+            request.page_token = page.next_page_token
+
+    async def describe(
+        self, function: str, *, timeout_s: float | None = None
+    ) -> FunctionInfo:
+        """Describes one function; see `Client.describe`."""
+        request = pb.GetFunctionRequest(name=function)
+        with translated(self._target):
+            found = await self._stub.GetFunction(
+                request, timeout=self._timeout(timeout_s)
+            )
+        return decode_function(found)
+
+    async def evaluate(
+        self,
+        function: str,
+        inputs: Inputs,
+        *,
+        quantities: Quantity | Sequence[Quantity] = ("value", "jacobian"),
+        **options: Unpack[Options],
+    ) -> Result:
+        """Evaluates any set of quantities; see `Client.evaluate`."""
+        query = encode_query(function, inputs, quantities, options)
+        timeout = self._timeout(options.get("timeout_s"))
+        with translated(self._target):
+            answer = await self._stub.Evaluate(query, timeout=timeout)
+        return decode_result(answer)
+
+    async def value(
+        self, function: str, inputs: Inputs, **options: Unpack[Options]
+    ) -> Any:
+        """Evaluates f(x); see `Client.value`."""
+        return (
+            await self.evaluate(function, inputs, quantities="value", **options)
+        ).value
+
+    async def jacobian(
+        self, function: str, inputs: Inputs, **options: Unpack[Options]
+    ) -> Any:
+        """Evaluates the Jacobian [m, n]; see `Client.jacobian`."""
+        return (
+            await self.evaluate(function, inputs, quantities="jacobian", **options)
+        ).jacobian
+
+    async def value_and_jacobian(
+        self, function: str, inputs: Inputs, **options: Unpack[Options]
+    ) -> tuple[Any, Any]:
+        """Evaluates f(x) and J in one pass."""
+        result = await self.evaluate(
+            function, inputs, quantities=("value", "jacobian"), **options
+        )
+        return result.value, result.jacobian
+
+    async def gradient(
+        self, function: str, inputs: Inputs, **options: Unpack[Options]
+    ) -> Any:
+        """Evaluates the gradient [n] of a scalar function."""
+        return (
+            await self.evaluate(function, inputs, quantities="gradient", **options)
+        ).gradient
+
+    async def value_and_gradient(
+        self, function: str, inputs: Inputs, **options: Unpack[Options]
+    ) -> tuple[Any, Any]:
+        """Evaluates a scalar function and its gradient [n] in one pass."""
+        result = await self.evaluate(
+            function, inputs, quantities=("value", "gradient"), **options
+        )
+        return result.value, result.gradient
+
+    async def determinant(
+        self, function: str, inputs: Inputs, **options: Unpack[Options]
+    ) -> Array:
+        """Evaluates det J of a function with m = n."""
+        return (
+            await self.evaluate(function, inputs, quantities="determinant", **options)
+        ).determinant
+
+    async def abs_determinant(
+        self, function: str, inputs: Inputs, **options: Unpack[Options]
+    ) -> Array:
+        """Evaluates |det J|, the factor of a change of variables."""
+        return (
+            await self.evaluate(
+                function, inputs, quantities="abs_determinant", **options
+            )
+        ).abs_determinant
+
+    async def slogdet(
+        self, function: str, inputs: Inputs, **options: Unpack[Options]
+    ) -> tuple[Array, Array]:
+        """Evaluates the sign of det J and log |det J|, which can't overflow."""
+        return (
+            await self.evaluate(function, inputs, quantities="slogdet", **options)
+        ).slogdet
+
+    def _timeout(self, timeout_s: float | None) -> float | None:
+        return self._timeout_s if timeout_s is None else timeout_s

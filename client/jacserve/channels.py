@@ -1,0 +1,46 @@
+"""How both clients connect: addresses, limits and retries of a gRPC channel."""
+
+import json
+from typing import Any
+
+DEFAULT_TARGET = "localhost:50051"
+
+# Beyond this a protobuf message can't be parsed anywhere.
+_MAX_MESSAGE_BYTES = 2**31 - 1
+
+# Every call only reads, so any may be sent again; gRPC does so by itself while the
+# server is unreachable or going away.
+_SERVICE_CONFIG = {
+    "methodConfig": [
+        {
+            "name": [{"service": "jacserve.v1.JacobianService"}],
+            "retryPolicy": {
+                "maxAttempts": 3,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "1s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ]
+}
+
+
+def channel_options(target: str) -> list[tuple[str, Any]]:
+    """Returns the channel options for a target.
+
+    Args:
+        target: The address, such as "localhost:50051".
+
+    Returns:
+        Options for grpc.insecure_channel and its asyncio twin.
+    """
+    host = target.rpartition(":")[0].strip("[]")
+    is_loopback = host in {"localhost", "::1"} or host.startswith("127.")
+    return [
+        ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+        ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+        # A proxy of the environment can't reach this machine's own loopback.
+        ("grpc.enable_http_proxy", 0 if is_loopback else 1),
+    ]

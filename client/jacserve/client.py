@@ -1,0 +1,211 @@
+"""The blocking client."""
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import grpc
+
+from jacserve.channels import DEFAULT_TARGET, channel_options
+from jacserve.errors import translated
+from jacserve.functions import FunctionInfo, decode_function
+from jacserve.queries import Inputs, Options, encode_query
+from jacserve.results import Result, decode_result
+from jacserve.tensors import Array
+from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
+from jacserve.vocabulary import Quantity
+
+
+class Client:
+    """Asks a server for Jacobians, from any number of threads.
+
+    Every method that evaluates takes the same two arguments and the same keyword
+    options:
+
+    - `function`: A registered name, such as "spherical", or "spherical@2" for one
+      version.
+    - `inputs`: One array; a tuple of arrays in declared order; or a mapping of
+      arrays by argument name. An argument with one axis more than declared is a
+      batch of b points, and every array of the answer then has a leading axis b;
+      one without is shared by the whole batch. Dtypes are never changed.
+    - `wrt`, `mode`, `layout`, `cast`, `require_finite`, `timeout_s`: see
+      `jacserve.queries.Options`.
+
+    All raise JacobianError or one of its kinds: InvalidRequestError, a ValueError,
+    for bad arguments; NotFoundError, a LookupError, for unknown functions;
+    DeadlineError, a TimeoutError, when timeout_s has passed; UnavailableError, a
+    ConnectionError, when no server answers.
+
+    ```python
+    with jacserve.Client("localhost:50051") as client:
+        jac = client.jacobian("spherical", np.array([2.0, 0.5, 1.0]))
+    ```
+    """
+
+    def __init__(
+        self, target: str = DEFAULT_TARGET, *, timeout_s: float | None = None
+    ) -> None:
+        """Prepares a connection; the first call makes it.
+
+        Args:
+            target: The server's address.
+            timeout_s: The timeout of calls that name none, in seconds.
+        """
+        self._target = target
+        self._timeout_s = timeout_s
+        self._channel = grpc.insecure_channel(target, options=channel_options(target))
+        self._stub = pb_grpc.JacobianServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        """Returns the client itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Closes the connection."""
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connection; calls that still run are cancelled."""
+        self._channel.close()
+
+    def functions(self, *, timeout_s: float | None = None) -> list[FunctionInfo]:
+        """Lists the registered functions, ordered by name, then version.
+
+        Args:
+            timeout_s: Seconds for each page of the list.
+
+        Returns:
+            The functions.
+        """
+        return list(self._list_functions(timeout_s))
+
+    def _list_functions(self, timeout_s: float | None) -> Iterator[FunctionInfo]:
+        request = pb.ListFunctionsRequest()
+        while True:
+            with translated(self._target):
+                page = self._stub.ListFunctions(
+                    request, timeout=self._timeout(timeout_s)
+                )
+            yield from map(decode_function, page.functions)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def describe(
+        self, function: str, *, timeout_s: float | None = None
+    ) -> FunctionInfo:
+        """Describes one function.
+
+        Args:
+            function: Its name; with a version, or without for the newest.
+            timeout_s: Seconds for the call.
+
+        Returns:
+            Its signature, dtypes, modes and documentation.
+
+        Raises:
+            NotFoundError: No function has that name and version.
+        """
+        request = pb.GetFunctionRequest(name=function)
+        with translated(self._target):
+            found = self._stub.GetFunction(request, timeout=self._timeout(timeout_s))
+        return decode_function(found)
+
+    def evaluate(
+        self,
+        function: str,
+        inputs: Inputs,
+        *,
+        quantities: Quantity | Sequence[Quantity] = ("value", "jacobian"),
+        **options: Unpack[Options],
+    ) -> Result:
+        """Evaluates any set of quantities, in one pass of one compiled program.
+
+        Args:
+            function: A registered name.
+            inputs: One array, a tuple in declared order, or a mapping by name.
+            quantities: What to compute; see `jacserve.Result` for each.
+            **options: See `jacserve.queries.Options`.
+
+        Returns:
+            The quantities, with the mode that ran and the server's timing.
+
+        Raises:
+            JacobianError: The call failed; see this class.
+        """
+        query = encode_query(function, inputs, quantities, options)
+        timeout = self._timeout(options.get("timeout_s"))
+        with translated(self._target):
+            answer = self._stub.Evaluate(query, timeout=timeout)
+        return decode_result(answer)
+
+    def value(self, function: str, inputs: Inputs, **options: Unpack[Options]) -> Any:
+        """Evaluates f(x): an array, or what arrays the function returns."""
+        return self.evaluate(function, inputs, quantities="value", **options).value
+
+    def jacobian(
+        self, function: str, inputs: Inputs, **options: Unpack[Options]
+    ) -> Any:
+        """Evaluates the Jacobian J [m, n], J[i, j] = d f_i / d x_j.
+
+        In the blocks layout, arrays shaped like the result and then the argument.
+        """
+        return self.evaluate(
+            function, inputs, quantities="jacobian", **options
+        ).jacobian
+
+    def value_and_jacobian(
+        self, function: str, inputs: Inputs, **options: Unpack[Options]
+    ) -> tuple[Any, Any]:
+        """Evaluates f(x) and J in one pass."""
+        result = self.evaluate(
+            function, inputs, quantities=("value", "jacobian"), **options
+        )
+        return result.value, result.jacobian
+
+    def gradient(
+        self, function: str, inputs: Inputs, **options: Unpack[Options]
+    ) -> Any:
+        """Evaluates the gradient [n] of a scalar function."""
+        return self.evaluate(
+            function, inputs, quantities="gradient", **options
+        ).gradient
+
+    def value_and_gradient(
+        self, function: str, inputs: Inputs, **options: Unpack[Options]
+    ) -> tuple[Any, Any]:
+        """Evaluates a scalar function and its gradient [n] in one pass."""
+        result = self.evaluate(
+            function, inputs, quantities=("value", "gradient"), **options
+        )
+        return result.value, result.gradient
+
+    def determinant(
+        self, function: str, inputs: Inputs, **options: Unpack[Options]
+    ) -> Array:
+        """Evaluates det J of a function with m = n."""
+        return self.evaluate(
+            function, inputs, quantities="determinant", **options
+        ).determinant
+
+    def abs_determinant(
+        self, function: str, inputs: Inputs, **options: Unpack[Options]
+    ) -> Array:
+        """Evaluates |det J|, the factor of a change of variables."""
+        return self.evaluate(
+            function, inputs, quantities="abs_determinant", **options
+        ).abs_determinant
+
+    def slogdet(
+        self, function: str, inputs: Inputs, **options: Unpack[Options]
+    ) -> tuple[Array, Array]:
+        """Evaluates the sign of det J and log |det J|, which can't overflow."""
+        return self.evaluate(function, inputs, quantities="slogdet", **options).slogdet
+
+    def _timeout(self, timeout_s: float | None) -> float | None:
+        return self._timeout_s if timeout_s is None else timeout_s

@@ -1,0 +1,230 @@
+"""The command line: ask a running server from a shell.
+
+Commands of other parts of jacserve join through entry points of the group
+"jacserve.commands".
+"""
+
+import os
+import sys
+import typing
+from collections.abc import Generator
+from contextlib import contextmanager
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from jacserve import arrays
+from jacserve.arrays import ArrayTextError
+from jacserve.channels import DEFAULT_TARGET
+from jacserve.client import Client
+from jacserve.errors import JacobianError
+from jacserve.functions import FunctionInfo
+from jacserve.queries import Options
+from jacserve.results import Result
+from jacserve.tensors import format_shape
+from jacserve.vocabulary import QUANTITIES, Layout, Mode, Quantity
+
+app = typer.Typer(
+    name="jacserve",
+    help="Jacobians of registered functions, from a server.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+Target = Annotated[
+    str,
+    typer.Option(
+        "--target", envvar="JACSERVE_TARGET", help="Address of the server, HOST:PORT."
+    ),
+]
+Timeout = Annotated[
+    float | None,
+    typer.Option(
+        "--timeout", help="Seconds to wait for the answer.", show_default="no limit"
+    ),
+]
+
+
+def main() -> None:
+    """Runs the command line."""
+    for command in entry_points(group="jacserve.commands"):
+        app.command(command.name)(command.load())
+    app()
+
+
+@app.command("functions")
+def list_functions(target: Target = DEFAULT_TARGET, timeout: Timeout = None) -> None:
+    """List the functions that a server has."""
+    with _connected(target) as client:
+        found = client.functions(timeout_s=timeout)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("function", "version", "signature", "modes", "documentation"):
+        table.add_column(heading)
+    for function in found:
+        summary = function.documentation.partition("\n")[0]
+        table.add_row(
+            function.name,
+            str(function.version),
+            escape(function.signature.removeprefix(function.name)),
+            ", ".join(function.modes) or "none",
+            escape(summary),
+        )
+    Console().print(table)
+
+
+@app.command()
+def describe(
+    name: Annotated[str, typer.Argument(help="The function: NAME or NAME@VERSION.")],
+    target: Target = DEFAULT_TARGET,
+    timeout: Timeout = None,
+) -> None:
+    """Describe one function: arguments, results, modes and documentation."""
+    with _connected(target) as client:
+        function = client.describe(name, timeout_s=timeout)
+    _print_description(function, Console())
+
+
+def _print_description(function: FunctionInfo, console: Console) -> None:
+    console.print(
+        f"[bold]{escape(function.signature)}[/bold]  version {function.version}"
+    )
+    if function.documentation:
+        console.print(f"\n{escape(function.documentation)}")
+    console.print("\n[bold]arguments[/bold]")
+    for argument in function.arguments:
+        constant = "" if argument.differentiable else "  (no derivative)"
+        console.print(
+            f"  {argument.name} {escape(format_shape(argument.shape))}  "
+            f"{', '.join(argument.dtypes)}{constant}"
+        )
+    console.print("\n[bold]modes[/bold]")
+    for mode in function.modes:
+        console.print(f"  {mode}")
+    for mode, reason in function.missing_modes.items():
+        console.print(f"  [dim]no {mode}: {escape(reason)}[/dim]")
+    if function.preferred_mode != "auto":
+        console.print(f"  auto means {function.preferred_mode}")
+    if function.largest_batch:
+        console.print(f"\nat most {function.largest_batch} points in one call")
+
+
+@app.command("eval")
+def evaluate(
+    name: Annotated[str, typer.Argument(help="The function: NAME or NAME@VERSION.")],
+    inputs: Annotated[
+        list[str],
+        typer.Option(
+            "--input",
+            "-i",
+            help="An array: JSON text, an .npy file, or NAME= and one of these; or an "
+            ".npz file of arrays by name. Once for each argument.",
+        ),
+    ],
+    quantities: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--quantity",
+            "-q",
+            help=f"What to compute: {', '.join(QUANTITIES)}. May be repeated.",
+            show_default="value and jacobian",
+        ),
+    ] = None,
+    wrt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An argument to differentiate with respect to; may be repeated.",
+            show_default="all",
+        ),
+    ] = None,
+    mode: Annotated[Mode, typer.Option(help="How to differentiate.")] = "auto",
+    layout: Annotated[Layout, typer.Option(help="Shape of derivatives.")] = "matrix",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Dtype of JSON numbers.", show_default="the widest the function takes"
+        ),
+    ] = None,
+    cast: Annotated[
+        bool,
+        typer.Option(
+            "--cast", help="Let the server convert inputs of a dtype it refuses."
+        ),
+    ] = False,
+    require_finite: Annotated[
+        bool, typer.Option("--require-finite", help="Fail on NaN and Inf.")
+    ] = False,
+    output: Annotated[
+        str,
+        typer.Option("--output", "-o", help="table, json, or a file .npy or .npz."),
+    ] = "table",
+    target: Target = DEFAULT_TARGET,
+    timeout: Timeout = None,
+) -> None:
+    """Evaluate a function and its derivatives at a point or a batch of points.
+
+    Example: jacserve eval spherical -i points.npy -q jacobian -q determinant
+    """
+    # A word that does not exist is refused with the list of those that do.
+    asked = typing.cast("list[Quantity]", quantities or ["value", "jacobian"])
+    options: Options = {
+        "wrt": wrt or (),
+        "mode": mode,
+        "layout": layout,
+        "cast": cast,
+        "require_finite": require_finite,
+        "timeout_s": timeout,
+    }
+    with _connected(target) as client:
+        function = client.describe(name, timeout_s=timeout)
+        result = client.evaluate(
+            name,
+            arrays.read_inputs(inputs, function, dtype),
+            quantities=asked,
+            **options,
+        )
+        if output not in {"table", "json"}:
+            arrays.write_result(result, Path(output))
+    if output == "json":
+        print(arrays.to_json(result))
+    elif output == "table":
+        _print_result(result, Console())
+
+
+def _print_result(result: Result, console: Console) -> None:
+    for label, array in arrays.flat(result):
+        console.print(
+            f"[bold]{escape(label)}[/bold] "
+            f"[dim]{array.dtype} {escape(format_shape(array.shape))}[/dim]"
+        )
+        text = np.array2string(array, precision=6, max_line_width=console.width - 2)
+        console.print("  " + text.replace("\n", "\n  "), markup=False, highlight=False)
+    timing = result.timing
+    console.print(
+        f"[dim]{result.function} on {result.device}, mode {result.mode or 'none'}; "
+        f"queued {timing.queue_s * 1e3:.3g} ms, compiled {timing.compile_s * 1e3:.3g} "
+        f"ms, executed {timing.execute_s * 1e3:.3g} ms[/dim]"
+    )
+    if not result.finite:
+        console.print("[yellow]The answer has NaN or Inf.[/yellow]")
+
+
+@contextmanager
+def _connected(target: str) -> Generator[Client]:
+    """Connects; ends the program with a plain message when a call fails."""
+    try:
+        with Client(target) as client:
+            yield client
+    except (JacobianError, ArrayTextError) as error:
+        print(f"jacserve: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        # As shells expect of a program that Ctrl-C ended.
+        os._exit(130)

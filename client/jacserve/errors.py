@@ -1,0 +1,217 @@
+"""What can go wrong, as exceptions.
+
+JacobianError                    every failure of a call
+├── InvalidRequestError          a bad argument              (also a ValueError)
+├── NotFoundError                an unknown function         (also a LookupError)
+├── PreconditionError            the call can't be answered as it was asked
+│   └── NonFiniteError           NaN or Inf was refused      (also an ArithmeticError)
+├── CapacityError                too large for the server
+├── OverloadedError              too busy now: see retry_after_s
+├── UnavailableError             no server, or it is going   (also a ConnectionError)
+├── DeadlineError                timeout_s has passed        (also a TimeoutError)
+├── CancelledError               the call was cancelled
+└── ServerError                  a fault of the server
+"""
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from google.rpc import (  # pyright: ignore[reportMissingTypeStubs]
+    error_details_pb2,
+    status_pb2,
+)
+
+
+class JacobianError(Exception):
+    """A call failed.
+
+    Attributes:
+        code: The gRPC status code's name, such as "INVALID_ARGUMENT".
+        reason: The contract's ErrorReason, such as "SHAPE_MISMATCH"; empty when
+            the failure did not come from a jacserve server.
+        metadata: The values that the message speaks of, by name.
+        field: The field of the request that is at fault; empty when none is.
+        request_id: Finds the call in the server's log; empty when it has none.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str = "UNKNOWN",
+        reason: str = "",
+        metadata: Mapping[str, str] | None = None,
+        field: str = "",
+        request_id: str = "",
+    ) -> None:
+        """Keeps the message and its particulars."""
+        super().__init__(message)
+        self.code = code
+        self.reason = reason
+        self.metadata = dict(metadata or {})
+        self.field = field
+        self.request_id = request_id
+
+
+class InvalidRequestError(JacobianError, ValueError):
+    """An argument of the call is wrong; the message says which and how to mend it."""
+
+
+class NotFoundError(JacobianError, LookupError):
+    """No function has that name and version."""
+
+
+class PreconditionError(JacobianError):
+    """The call can't be answered as it was asked."""
+
+
+class NonFiniteError(PreconditionError, ArithmeticError):
+    """The result has NaN or Inf, and the call refused them."""
+
+
+class CapacityError(JacobianError):
+    """The request or its result is too large for the server."""
+
+
+class OverloadedError(JacobianError):
+    """The server has too much to do.
+
+    Attributes:
+        retry_after_s: Seconds after which a new attempt makes sense.
+    """
+
+    retry_after_s: float = 0.0
+
+
+class UnavailableError(JacobianError, ConnectionError):
+    """No server answers at the target, or it is shutting down."""
+
+
+class DeadlineError(JacobianError, TimeoutError):
+    """The call's timeout_s passed before the answer came."""
+
+
+class CancelledError(JacobianError):
+    """The call was cancelled."""
+
+
+class ServerError(JacobianError):
+    """The server failed; its log knows more under the request id."""
+
+
+BY_REASON: Mapping[str, type[JacobianError]] = {
+    "RESULT_NOT_FINITE": NonFiniteError,
+    "QUEUE_FULL": OverloadedError,
+}
+
+BY_CODE: Mapping[str, type[JacobianError]] = {
+    "CANCELLED": CancelledError,
+    "UNKNOWN": ServerError,
+    "INVALID_ARGUMENT": InvalidRequestError,
+    "DEADLINE_EXCEEDED": DeadlineError,
+    "NOT_FOUND": NotFoundError,
+    "ALREADY_EXISTS": PreconditionError,
+    "PERMISSION_DENIED": PreconditionError,
+    "UNAUTHENTICATED": PreconditionError,
+    "RESOURCE_EXHAUSTED": CapacityError,
+    "FAILED_PRECONDITION": PreconditionError,
+    "ABORTED": ServerError,
+    "OUT_OF_RANGE": InvalidRequestError,
+    "UNIMPLEMENTED": ServerError,
+    "INTERNAL": ServerError,
+    "UNAVAILABLE": UnavailableError,
+    "DATA_LOSS": ServerError,
+}
+
+
+@contextmanager
+def translated(target: str) -> Generator[None]:
+    """Turns the gRPC errors of a block into this module's exceptions.
+
+    Args:
+        target: The address called, for messages.
+
+    Raises:
+        JacobianError: The block raised a grpc.RpcError.
+    """
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise from_rpc_error(cast("grpc.Call", error), target) from error
+
+
+def from_rpc_error(error: grpc.Call, target: str) -> JacobianError:
+    """Makes an exception of a failed call: by its reason, else by its code.
+
+    Args:
+        error: The error that grpc raised, of either of its two clients.
+        target: The address called, for messages.
+
+    Returns:
+        The exception to raise.
+    """
+    code = error.code().name
+    details = _Details(error.trailing_metadata())
+    info = details.find(error_details_pb2.ErrorInfo)
+    request = details.find(error_details_pb2.RequestInfo)
+    violations = details.find(error_details_pb2.BadRequest).field_violations
+    exception = BY_REASON.get(info.reason, BY_CODE.get(code, JacobianError))(
+        error.details() or code,
+        code=code,
+        reason=info.reason,
+        metadata=info.metadata,
+        field=violations[0].field if violations else "",
+        request_id=request.request_id,
+    )
+    if isinstance(exception, OverloadedError):
+        retry = details.find(error_details_pb2.RetryInfo)
+        exception.retry_after_s = retry.retry_delay.ToTimedelta().total_seconds()
+    if not info.reason:
+        exception.args = (_without_reason(code, error.details() or code, target),)
+    return exception
+
+
+def _without_reason(code: str, message: str, target: str) -> str:
+    """Says what a failure below the contract means to the caller."""
+    hints: Mapping[str, Callable[[], str]] = {
+        "UNAVAILABLE": lambda: (
+            f"No server answers at {target} ({message}). Start one with "
+            "`jacserve serve FILE`, or check the address."
+        ),
+        "DEADLINE_EXCEEDED": lambda: (
+            f"{target} did not answer in time. Pass a larger timeout_s: the first "
+            "call of a function for new shapes also compiles it."
+        ),
+        "UNIMPLEMENTED": lambda: (
+            f"The server at {target} does not know this call ({message}). Check that "
+            "it is a jacserve server of this version."
+        ),
+    }
+    return hints.get(code, lambda: message)()
+
+
+_M = TypeVar("_M", bound=Message)
+
+
+class _Details:
+    """The google.rpc.Status details of a failed call."""
+
+    def __init__(self, trailing_metadata: Any) -> None:
+        self._status = status_pb2.Status()
+        for key, value in trailing_metadata or ():
+            if key == "grpc-status-details-bin":
+                try:
+                    self._status.ParseFromString(value)
+                except DecodeError:
+                    self._status.Clear()
+
+    def find(self, kind: type[_M]) -> _M:
+        """Returns the first detail of a kind; an empty one when there is none."""
+        found = kind()
+        for detail in self._status.details:
+            if detail.Unpack(found):
+                break
+        return found

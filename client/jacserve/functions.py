@@ -1,0 +1,126 @@
+"""What a server says of its functions, as values."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+from jacserve import trees
+from jacserve.tensors import format_shape
+from jacserve.v1 import jacobian_pb2 as pb
+from jacserve.vocabulary import DTYPES, MODES, Mode, word
+
+Shape = tuple[int | str | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ArgumentInfo:
+    """One array argument.
+
+    Attributes:
+        name: The parameter's name.
+        dtypes: The dtypes that it accepts, the widest first.
+        shape: Sizes, names such as "n" that each call binds, and expressions of
+            such names.
+        differentiable: Whether a derivative with respect to it exists.
+    """
+
+    name: str
+    dtypes: tuple[str, ...]
+    shape: Shape
+    differentiable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ResultInfo:
+    """One array of a function's result.
+
+    Attributes:
+        path: Dictionary keys and tuple indices that lead to it; empty when the
+            result is one array.
+        shape: Like an argument's; None where the size shows only when it runs.
+    """
+
+    path: trees.Path
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionInfo:
+    """A registered function.
+
+    Attributes:
+        name: Its name, without the version.
+        version: Its version.
+        documentation: What its author says of it.
+        arguments: The arguments, in declared order.
+        results: The arrays of the result, in declared order.
+        modes: The modes in which it can be differentiated.
+        missing_modes: The modes that it lacks, with the reason of each.
+        preferred_mode: What "auto" stands for; "auto" itself when shapes decide.
+        largest_batch: The largest batch of one call; None for no limit.
+    """
+
+    name: str
+    version: int
+    documentation: str
+    arguments: tuple[ArgumentInfo, ...]
+    results: tuple[ResultInfo, ...]
+    modes: tuple[Mode, ...]
+    missing_modes: Mapping[Mode, str]
+    preferred_mode: Mode
+    largest_batch: int | None
+
+    @property
+    def signature(self) -> str:
+        """The function in one line, such as "spherical(x: [3]) -> [3]"."""
+        arguments = ", ".join(
+            f"{argument.name}: {format_shape(argument.shape)}"
+            for argument in self.arguments
+        )
+        results = ", ".join(
+            trees.format_path(result.path)
+            + (": " if result.path else "")
+            + format_shape(tuple("?" if d is None else d for d in result.shape))
+            for result in self.results
+        )
+        return f"{self.name}({arguments}) -> {results}"
+
+
+def decode_function(message: pb.Function) -> FunctionInfo:
+    """Decodes a function's description."""
+    name, _, version = message.name.removeprefix("functions/").rpartition("@")
+    return FunctionInfo(
+        name=name,
+        version=int(version),
+        documentation=message.documentation,
+        arguments=tuple(
+            ArgumentInfo(
+                name=argument.name,
+                dtypes=tuple(word(DTYPES, dtype) for dtype in argument.dtypes),
+                shape=_decode_shape(argument.shape),
+                differentiable=argument.is_differentiable,
+            )
+            for argument in message.arguments
+        ),
+        results=tuple(
+            ResultInfo(
+                path=trees.decode_path(result.path), shape=_decode_shape(result.shape)
+            )
+            for result in message.results
+        ),
+        modes=tuple(_mode(mode) for mode in message.modes),
+        missing_modes={_mode(gap.mode): gap.reason for gap in message.missing_modes},
+        preferred_mode=_mode(message.preferred_mode),
+        largest_batch=message.largest_batch or None,
+    )
+
+
+def _mode(number: int) -> Mode:
+    return cast("Mode", word(MODES, number))
+
+
+def _decode_shape(dimensions: Iterable[pb.Dimension]) -> Shape:
+    return tuple(
+        getattr(dimension, kind) if (kind := dimension.WhichOneof("kind")) else None
+        for dimension in dimensions
+    )

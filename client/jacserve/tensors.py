@@ -1,0 +1,121 @@
+"""numpy arrays to `Tensor` messages and back: the only codec, for both sides.
+
+A tensor is a dtype, a shape and the raw little-endian elements in C order. It has
+no strides, so a transposed or sliced array can't arrive scrambled; and its byte
+count is checked against shape and item size before anything is allocated.
+"""
+
+import importlib
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from jacserve.v1 import jacobian_pb2 as pb
+from jacserve.vocabulary import DTYPES, word
+
+Array = npt.NDArray[Any]
+
+MAX_RANK = 32
+MAX_AXIS_SIZE = 2**31 - 1
+
+
+class MalformedTensorError(ValueError):
+    """A tensor's dtype, shape and bytes contradict each other."""
+
+
+def dtype_named(name: str) -> np.dtype[Any]:
+    """Returns the numpy dtype of that name, in native byte order.
+
+    Args:
+        name: One of the contract's dtypes, such as "float64" or "bfloat16".
+
+    Returns:
+        The dtype.
+
+    Raises:
+        ImportError: bfloat16, and ml_dtypes is not installed.
+    """
+    if name == "bfloat16":
+        try:
+            ml_dtypes = importlib.import_module("ml_dtypes")
+        except ImportError as error:
+            raise ImportError(
+                "numpy has no bfloat16 of its own. Install ml_dtypes."
+            ) from error
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def encode(array: npt.ArrayLike) -> pb.Tensor:
+    """Encodes an array, whatever its strides and byte order.
+
+    Args:
+        array: Anything that numpy makes an array of, of a dtype of the contract.
+
+    Returns:
+        The message.
+
+    Raises:
+        TypeError: The contract has no such dtype.
+    """
+    x = np.asarray(array)
+    number = DTYPES.get(x.dtype.name)
+    if number is None:
+        raise TypeError(
+            f"dtype {x.dtype} can't be sent. Convert the array to one of "
+            f"{', '.join(DTYPES)}."
+        )
+    little_endian = x.dtype.newbyteorder("<")
+    data = x.astype(little_endian, copy=False).tobytes(order="C")
+    return pb.Tensor(dtype=number, shape=x.shape, data=data)
+
+
+def decode(tensor: pb.Tensor) -> Array:
+    """Decodes a tensor into a read-only view of its bytes.
+
+    Args:
+        tensor: The message, from anywhere.
+
+    Returns:
+        The array, in native byte order.
+
+    Raises:
+        MalformedTensorError: The message does not describe an array.
+        ImportError: The tensor is bfloat16, and ml_dtypes is not installed.
+    """
+    try:
+        name = word(DTYPES, tensor.dtype)
+    except KeyError:
+        raise MalformedTensorError(
+            f"dtype {tensor.dtype} is unspecified or unknown. "
+            f"Set one of {', '.join(DTYPES)}."
+        ) from None
+    dtype = dtype_named(name)
+    shape = tuple(tensor.shape)
+    if len(shape) > MAX_RANK:
+        raise MalformedTensorError(
+            f"the shape has {len(shape)} axes, but at most {MAX_RANK} are allowed. "
+            "Reshape the array."
+        )
+    if not all(0 <= size <= MAX_AXIS_SIZE for size in shape):
+        raise MalformedTensorError(
+            f"the shape {format_shape(shape)} has an axis outside "
+            f"0 to {MAX_AXIS_SIZE}. Send the array's own shape."
+        )
+    expected = math.prod(shape) * dtype.itemsize
+    if len(tensor.data) != expected:
+        raise MalformedTensorError(
+            f"shape {format_shape(shape)} of {name} takes {expected} bytes, but data "
+            f"has {len(tensor.data)}. Send raw little-endian elements in C order."
+        )
+    if name == "bool" and tensor.data.translate(None, b"\x00\x01"):
+        raise MalformedTensorError("a bool is neither 0 nor 1. Send one byte for each.")
+    x = np.frombuffer(tensor.data, dtype.newbyteorder("<")).reshape(shape)
+    return x.astype(dtype, copy=False)
+
+
+def format_shape(shape: tuple[Any, ...]) -> str:
+    """Returns a shape as messages show it, such as "[b, 3]"."""
+    return f"[{', '.join(map(str, shape))}]"

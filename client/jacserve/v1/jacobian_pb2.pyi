@@ -1,0 +1,286 @@
+import datetime
+
+from google.protobuf import duration_pb2 as _duration_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Quantity(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    QUANTITY_UNSPECIFIED: _ClassVar[Quantity]
+    QUANTITY_VALUE: _ClassVar[Quantity]
+    QUANTITY_JACOBIAN: _ClassVar[Quantity]
+    QUANTITY_GRADIENT: _ClassVar[Quantity]
+    QUANTITY_DETERMINANT: _ClassVar[Quantity]
+    QUANTITY_ABS_DETERMINANT: _ClassVar[Quantity]
+    QUANTITY_SLOGDET: _ClassVar[Quantity]
+
+class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MODE_UNSPECIFIED: _ClassVar[Mode]
+    MODE_AUTO: _ClassVar[Mode]
+    MODE_FORWARD: _ClassVar[Mode]
+    MODE_REVERSE: _ClassVar[Mode]
+
+class Layout(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LAYOUT_UNSPECIFIED: _ClassVar[Layout]
+    LAYOUT_MATRIX: _ClassVar[Layout]
+    LAYOUT_BLOCKS: _ClassVar[Layout]
+
+class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DTYPE_UNSPECIFIED: _ClassVar[DType]
+    DTYPE_BOOL: _ClassVar[DType]
+    DTYPE_INT8: _ClassVar[DType]
+    DTYPE_INT16: _ClassVar[DType]
+    DTYPE_INT32: _ClassVar[DType]
+    DTYPE_INT64: _ClassVar[DType]
+    DTYPE_UINT8: _ClassVar[DType]
+    DTYPE_UINT16: _ClassVar[DType]
+    DTYPE_UINT32: _ClassVar[DType]
+    DTYPE_UINT64: _ClassVar[DType]
+    DTYPE_FLOAT16: _ClassVar[DType]
+    DTYPE_BFLOAT16: _ClassVar[DType]
+    DTYPE_FLOAT32: _ClassVar[DType]
+    DTYPE_FLOAT64: _ClassVar[DType]
+    DTYPE_COMPLEX64: _ClassVar[DType]
+    DTYPE_COMPLEX128: _ClassVar[DType]
+
+class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ERROR_REASON_UNSPECIFIED: _ClassVar[ErrorReason]
+    SHAPE_MISMATCH: _ClassVar[ErrorReason]
+    DTYPE_MISMATCH: _ClassVar[ErrorReason]
+    MALFORMED_TENSOR: _ClassVar[ErrorReason]
+    ARGUMENT_MISMATCH: _ClassVar[ErrorReason]
+    MALFORMED_REQUEST: _ClassVar[ErrorReason]
+    MODE_UNSUPPORTED: _ClassVar[ErrorReason]
+    QUANTITY_UNSUPPORTED: _ClassVar[ErrorReason]
+    TRACE_FAILED: _ClassVar[ErrorReason]
+    FUNCTION_NOT_FOUND: _ClassVar[ErrorReason]
+    RESULT_NOT_FINITE: _ClassVar[ErrorReason]
+    RESULT_TOO_LARGE: _ClassVar[ErrorReason]
+    BATCH_TOO_LARGE: _ClassVar[ErrorReason]
+    QUEUE_FULL: _ClassVar[ErrorReason]
+    DEVICE_OUT_OF_MEMORY: _ClassVar[ErrorReason]
+    SHUTTING_DOWN: _ClassVar[ErrorReason]
+    COMPILATION_FAILED: _ClassVar[ErrorReason]
+    EXECUTION_FAILED: _ClassVar[ErrorReason]
+    UNEXPECTED: _ClassVar[ErrorReason]
+QUANTITY_UNSPECIFIED: Quantity
+QUANTITY_VALUE: Quantity
+QUANTITY_JACOBIAN: Quantity
+QUANTITY_GRADIENT: Quantity
+QUANTITY_DETERMINANT: Quantity
+QUANTITY_ABS_DETERMINANT: Quantity
+QUANTITY_SLOGDET: Quantity
+MODE_UNSPECIFIED: Mode
+MODE_AUTO: Mode
+MODE_FORWARD: Mode
+MODE_REVERSE: Mode
+LAYOUT_UNSPECIFIED: Layout
+LAYOUT_MATRIX: Layout
+LAYOUT_BLOCKS: Layout
+DTYPE_UNSPECIFIED: DType
+DTYPE_BOOL: DType
+DTYPE_INT8: DType
+DTYPE_INT16: DType
+DTYPE_INT32: DType
+DTYPE_INT64: DType
+DTYPE_UINT8: DType
+DTYPE_UINT16: DType
+DTYPE_UINT32: DType
+DTYPE_UINT64: DType
+DTYPE_FLOAT16: DType
+DTYPE_BFLOAT16: DType
+DTYPE_FLOAT32: DType
+DTYPE_FLOAT64: DType
+DTYPE_COMPLEX64: DType
+DTYPE_COMPLEX128: DType
+ERROR_REASON_UNSPECIFIED: ErrorReason
+SHAPE_MISMATCH: ErrorReason
+DTYPE_MISMATCH: ErrorReason
+MALFORMED_TENSOR: ErrorReason
+ARGUMENT_MISMATCH: ErrorReason
+MALFORMED_REQUEST: ErrorReason
+MODE_UNSUPPORTED: ErrorReason
+QUANTITY_UNSUPPORTED: ErrorReason
+TRACE_FAILED: ErrorReason
+FUNCTION_NOT_FOUND: ErrorReason
+RESULT_NOT_FINITE: ErrorReason
+RESULT_TOO_LARGE: ErrorReason
+BATCH_TOO_LARGE: ErrorReason
+QUEUE_FULL: ErrorReason
+DEVICE_OUT_OF_MEMORY: ErrorReason
+SHUTTING_DOWN: ErrorReason
+COMPILATION_FAILED: ErrorReason
+EXECUTION_FAILED: ErrorReason
+UNEXPECTED: ErrorReason
+
+class Function(_message.Message):
+    __slots__ = ("name", "documentation", "arguments", "results", "modes", "missing_modes", "preferred_mode", "largest_batch")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENTATION_FIELD_NUMBER: _ClassVar[int]
+    ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    MODES_FIELD_NUMBER: _ClassVar[int]
+    MISSING_MODES_FIELD_NUMBER: _ClassVar[int]
+    PREFERRED_MODE_FIELD_NUMBER: _ClassVar[int]
+    LARGEST_BATCH_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    documentation: str
+    arguments: _containers.RepeatedCompositeFieldContainer[Argument]
+    results: _containers.RepeatedCompositeFieldContainer[ResultArray]
+    modes: _containers.RepeatedScalarFieldContainer[Mode]
+    missing_modes: _containers.RepeatedCompositeFieldContainer[MissingMode]
+    preferred_mode: Mode
+    largest_batch: int
+    def __init__(self, name: _Optional[str] = ..., documentation: _Optional[str] = ..., arguments: _Optional[_Iterable[_Union[Argument, _Mapping]]] = ..., results: _Optional[_Iterable[_Union[ResultArray, _Mapping]]] = ..., modes: _Optional[_Iterable[_Union[Mode, str]]] = ..., missing_modes: _Optional[_Iterable[_Union[MissingMode, _Mapping]]] = ..., preferred_mode: _Optional[_Union[Mode, str]] = ..., largest_batch: _Optional[int] = ...) -> None: ...
+
+class Argument(_message.Message):
+    __slots__ = ("name", "dtypes", "shape", "is_differentiable")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPES_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    IS_DIFFERENTIABLE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtypes: _containers.RepeatedScalarFieldContainer[DType]
+    shape: _containers.RepeatedCompositeFieldContainer[Dimension]
+    is_differentiable: bool
+    def __init__(self, name: _Optional[str] = ..., dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., shape: _Optional[_Iterable[_Union[Dimension, _Mapping]]] = ..., is_differentiable: bool = ...) -> None: ...
+
+class ResultArray(_message.Message):
+    __slots__ = ("path", "shape")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    path: _containers.RepeatedCompositeFieldContainer[PathStep]
+    shape: _containers.RepeatedCompositeFieldContainer[Dimension]
+    def __init__(self, path: _Optional[_Iterable[_Union[PathStep, _Mapping]]] = ..., shape: _Optional[_Iterable[_Union[Dimension, _Mapping]]] = ...) -> None: ...
+
+class Dimension(_message.Message):
+    __slots__ = ("size", "symbol")
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    SYMBOL_FIELD_NUMBER: _ClassVar[int]
+    size: int
+    symbol: str
+    def __init__(self, size: _Optional[int] = ..., symbol: _Optional[str] = ...) -> None: ...
+
+class PathStep(_message.Message):
+    __slots__ = ("key", "index")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    index: int
+    def __init__(self, key: _Optional[str] = ..., index: _Optional[int] = ...) -> None: ...
+
+class MissingMode(_message.Message):
+    __slots__ = ("mode", "reason")
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    mode: Mode
+    reason: str
+    def __init__(self, mode: _Optional[_Union[Mode, str]] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class Query(_message.Message):
+    __slots__ = ("function", "inputs", "quantities", "wrt", "mode", "layout", "cast", "require_finite")
+    FUNCTION_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    QUANTITIES_FIELD_NUMBER: _ClassVar[int]
+    WRT_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    CAST_FIELD_NUMBER: _ClassVar[int]
+    REQUIRE_FINITE_FIELD_NUMBER: _ClassVar[int]
+    function: str
+    inputs: _containers.RepeatedCompositeFieldContainer[Input]
+    quantities: _containers.RepeatedScalarFieldContainer[Quantity]
+    wrt: _containers.RepeatedScalarFieldContainer[str]
+    mode: Mode
+    layout: Layout
+    cast: bool
+    require_finite: bool
+    def __init__(self, function: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., quantities: _Optional[_Iterable[_Union[Quantity, str]]] = ..., wrt: _Optional[_Iterable[str]] = ..., mode: _Optional[_Union[Mode, str]] = ..., layout: _Optional[_Union[Layout, str]] = ..., cast: bool = ..., require_finite: bool = ...) -> None: ...
+
+class Input(_message.Message):
+    __slots__ = ("name", "tensor")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    tensor: Tensor
+    def __init__(self, name: _Optional[str] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
+class Result(_message.Message):
+    __slots__ = ("function", "outputs", "mode", "is_finite", "device", "bucket", "timing")
+    FUNCTION_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    IS_FINITE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    BUCKET_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    function: str
+    outputs: _containers.RepeatedCompositeFieldContainer[Output]
+    mode: Mode
+    is_finite: bool
+    device: str
+    bucket: int
+    timing: Timing
+    def __init__(self, function: _Optional[str] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., mode: _Optional[_Union[Mode, str]] = ..., is_finite: bool = ..., device: _Optional[str] = ..., bucket: _Optional[int] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
+
+class Output(_message.Message):
+    __slots__ = ("quantity", "path", "tensor")
+    QUANTITY_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    quantity: Quantity
+    path: _containers.RepeatedCompositeFieldContainer[PathStep]
+    tensor: Tensor
+    def __init__(self, quantity: _Optional[_Union[Quantity, str]] = ..., path: _Optional[_Iterable[_Union[PathStep, _Mapping]]] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
+class Timing(_message.Message):
+    __slots__ = ("queue", "compile", "execute")
+    QUEUE_FIELD_NUMBER: _ClassVar[int]
+    COMPILE_FIELD_NUMBER: _ClassVar[int]
+    EXECUTE_FIELD_NUMBER: _ClassVar[int]
+    queue: _duration_pb2.Duration
+    compile: _duration_pb2.Duration
+    execute: _duration_pb2.Duration
+    def __init__(self, queue: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., compile: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., execute: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class Tensor(_message.Message):
+    __slots__ = ("dtype", "shape", "data")
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    dtype: DType
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    data: bytes
+    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class ListFunctionsRequest(_message.Message):
+    __slots__ = ("page_size", "page_token")
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    page_size: int
+    page_token: str
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListFunctionsResponse(_message.Message):
+    __slots__ = ("functions", "next_page_token")
+    FUNCTIONS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    functions: _containers.RepeatedCompositeFieldContainer[Function]
+    next_page_token: str
+    def __init__(self, functions: _Optional[_Iterable[_Union[Function, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class GetFunctionRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...

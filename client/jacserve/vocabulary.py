@@ -1,0 +1,56 @@
+"""The contract's enumerations as plain words, for both sides of the wire.
+
+Python says "forward", the wire says MODE_FORWARD. The words are derived from the
+enumerations' own names, so the two cannot drift apart; the literal types repeat
+them for type checkers.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
+
+from jacserve.v1 import jacobian_pb2 as pb
+
+Quantity = Literal[
+    "value",
+    "jacobian",
+    "gradient",
+    "determinant",
+    "abs_determinant",
+    "slogdet",
+]
+Mode = Literal["auto", "forward", "reverse"]
+Layout = Literal["matrix", "blocks"]
+
+
+def _words(enum: EnumTypeWrapper, prefix: str) -> Mapping[str, Any]:
+    words = {name.removeprefix(prefix).lower(): value for name, value in enum.items()}
+    del words["unspecified"]
+    return MappingProxyType(words)
+
+
+QUANTITIES: Mapping[str, pb.Quantity] = _words(pb.Quantity, "QUANTITY_")
+MODES: Mapping[str, pb.Mode] = _words(pb.Mode, "MODE_")
+LAYOUTS: Mapping[str, pb.Layout] = _words(pb.Layout, "LAYOUT_")
+DTYPES: Mapping[str, pb.DType] = _words(pb.DType, "DTYPE_")
+
+
+def word(words: Mapping[str, int], number: int) -> str:
+    """Returns the word for a number of the wire.
+
+    Args:
+        words: One of this module's tables.
+        number: The number, as received.
+
+    Returns:
+        The word.
+
+    Raises:
+        KeyError: The number is unspecified or unknown.
+    """
+    for candidate, value in words.items():
+        if value == number:
+            return candidate
+    raise KeyError(number)

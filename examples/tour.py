@@ -1,0 +1,162 @@
+"""A tour of jacserve: starts a server of functions.py, and asks it five things.
+
+Run it with `make demo`, or `python examples/tour.py` where jacserve[server,cli] is
+installed. It stops by itself.
+"""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+
+import jacserve
+
+T = TypeVar("T")
+FUNCTIONS = Path(__file__).with_name("functions.py")
+console = Console(highlight=False)
+
+
+@contextmanager
+def running_server() -> Iterator[str]:
+    """Starts a server process on a free loopback port; yields its address."""
+    command = [sys.executable, "-m", "jacserve", "serve", str(FUNCTIONS), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, "")
+        ready = next((line for line in lines if line.startswith("Listening on ")), None)
+        if ready is None:
+            raise SystemExit("The server did not start.")
+        yield ready.split()[2]
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def timed(call: Callable[[], T]) -> tuple[T, float]:
+    """Returns what a call returns, and the milliseconds that it took."""
+    start = time.perf_counter()
+    answer = call()
+    return answer, (time.perf_counter() - start) * 1e3
+
+
+def title(text: str) -> None:
+    """Prints the heading of a stop of the tour."""
+    console.print(f"\n[bold cyan]{text}[/bold cyan]")
+
+
+def show(name: str, array: npt.ArrayLike) -> None:
+    """Prints an array under its name."""
+    text = np.array2string(np.asarray(array), precision=4, suppress_small=True)
+    indented = text.replace("\n", "\n" + " " * (len(name) + 5))
+    console.print(f"  {name} = {indented}", markup=False)
+
+
+def spherical_coordinates(client: jacserve.Client) -> None:
+    """J of a change of coordinates, and its determinant against r^2 sin(polar)."""
+    title("1. Spherical coordinates: a 3 x 3 Jacobian and its determinant")
+    x = np.array([2.0, 0.5, 1.0])
+    quantities = ("jacobian", "determinant")
+
+    def ask() -> jacserve.Result:
+        return client.evaluate("spherical", x, quantities=quantities)
+
+    result, first_ms = timed(ask)
+    _, again_ms = timed(ask)
+    show("J", result.jacobian)
+    print(f"  det J            = {result.determinant:.12f}")
+    print(f"  r^2 sin(polar)   = {x[0] ** 2 * np.sin(x[1]):.12f}")
+    print(
+        f"  mode {result.mode}; first call {first_ms:.0f} ms, of which "
+        f"{result.timing.compile_s * 1e3:.0f} ms compiling; again {again_ms:.1f} ms"
+    )
+
+
+def scalar_function(client: jacserve.Client) -> None:
+    """A scalar function has a 1 x n row."""
+    title("2. Rosenbrock: a scalar function has a 1 x n row")
+    result = client.evaluate("rosenbrock", np.array([-1.2, 1.0, 0.5, 2.0]))
+    show("f(x)", result.value)
+    show("J", result.jacobian)
+    print(f"  shape {result.jacobian.shape}, mode {result.mode}")
+
+
+def batch_of_points(client: jacserve.Client) -> None:
+    """One call for a thousand points."""
+    title("3. A batch: 1,000 points in one call")
+    low, high = [0.5, 0.1, -3.0], [2.0, 3.0, 3.0]
+    points = np.random.default_rng(0).uniform(low, high, size=(1000, 3))
+    client.jacobian("spherical", points)
+    jacobians, batch_ms = timed(lambda: client.jacobian("spherical", points))
+    _, singles_ms = timed(
+        lambda: [client.jacobian("spherical", point) for point in points[:100]]
+    )
+    print(f"  points {points.shape} -> Jacobians {jacobians.shape}")
+    print(
+        f"  one call {batch_ms:.1f} ms, {batch_ms:.1f} us a point; "
+        f"called one by one, {singles_ms * 10:.0f} us a point"
+    )
+
+
+def digit_classifier(client: jacserve.Client) -> None:
+    """The sensitivity of probabilities to pixels; the weights are a shared input."""
+    title("4. A digit classifier: 10 probabilities by 784 pixels")
+    random = np.random.default_rng(7)
+    pixels = random.uniform(size=784).astype(np.float32)
+    weights = random.normal(scale=0.05, size=(10, 785)).astype(np.float32)
+    result = client.evaluate(
+        "classifier", {"pixels": pixels, "weights": weights}, wrt="pixels"
+    )
+    show("p", result.value)
+    show("J[:, :6]", result.jacobian[:, :6])
+    print(
+        f"  shape {result.jacobian.shape} {result.jacobian.dtype}, mode {result.mode}"
+    )
+    largest = np.abs(result.jacobian).sum(axis=0).argmax()
+    print(f"  the most telling pixel is row {largest // 28}, column {largest % 28}")
+    total = np.abs(result.jacobian.sum(axis=0)).max()
+    print(f"  probabilities sum to 1, so columns of J sum to 0: at most {total:.0e}")
+
+
+def newton(client: jacserve.Client) -> None:
+    """Newton's method on two simultaneous equations, driven from here."""
+    title("5. Newton's method: u^2 + v^2 = 4 and v = u^2 - 1")
+    x = np.array([1.0, 1.0])
+    for step in range(20):
+        f, jac = client.value_and_jacobian("circle_and_parabola", x)
+        print(
+            f"  step {step}: x = ({x[0]:.12f}, {x[1]:.12f}), |f| = {abs(f).max():.1e}"
+        )
+        if abs(f).max() < 1e-14:
+            break
+        x = x - np.linalg.solve(jac, f)
+    v = (np.sqrt(13.0) - 1.0) / 2.0
+    print(f"  exact:  x = ({np.sqrt(v + 1.0):.12f}, {v:.12f})")
+
+
+def main() -> None:
+    """Starts a server, makes the tour and stops the server."""
+    start = time.perf_counter()
+    print("Starting a server ...")
+    with running_server() as target, jacserve.Client(target) as client:
+        print(f"It listens on {target} and has:")
+        for function in client.functions():
+            print(f"  {function.signature}")
+        spherical_coordinates(client)
+        scalar_function(client)
+        batch_of_points(client)
+        digit_classifier(client)
+        newton(client)
+    elapsed = time.perf_counter() - start
+    print(f"\nThe server has stopped. The tour took {elapsed:.0f} s.")
+
+
+if __name__ == "__main__":
+    main()

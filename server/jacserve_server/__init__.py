@@ -1,0 +1,29 @@
+"""Serves the Jacobians of registered JAX functions over gRPC.
+
+Needs the extra: `pip install "jacserve[server]"`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jacserve_server.registry import RegistrationError, Registry
+
+if TYPE_CHECKING:
+    from jacserve_server.config import Config
+    from jacserve_server.server import RunningServer, serving
+
+__all__ = ["Config", "RegistrationError", "Registry", "RunningServer", "serving"]
+
+_LAZY = {
+    "Config": "jacserve_server.config",
+    "RunningServer": "jacserve_server.server",
+    "serving": "jacserve_server.server",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # A file of functions needs the registry only: it imports at once, and the rest
+    # of the server when it is asked for.
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

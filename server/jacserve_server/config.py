@@ -1,0 +1,85 @@
+"""The server's settings: from flags, the environment or a TOML file, in that order."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+
+class Config(BaseSettings):
+    """How a server runs.
+
+    Each setting is read from an argument, else from the environment as JACSERVE_
+    and its name in capitals, else from the TOML file, else its default holds.
+
+    Attributes:
+        host: Address to listen on; loopback unless told otherwise.
+        port: TCP port; 0 takes a free one.
+        device: "auto", a platform such as "cpu" or "gpu", or "gpu:1".
+        device_threads: Programs that may run at once.
+        compile_threads: Programs that may be compiled at once.
+        max_programs: Compiled programs kept; the least recently used goes first.
+        max_queries: Queries in flight; more are refused.
+        max_message_bytes: The largest request, and the largest result.
+        grace_s: Seconds that running calls get to finish at shutdown.
+        log_level: How much is logged: "debug", "info", "warning" or "error".
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="JACSERVE_", frozen=True, extra="forbid"
+    )
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=50051, ge=0, le=65535)
+    device: str = Field(default="auto", pattern=r"^[a-z]+(:\d+)?$")
+    device_threads: int = Field(default=min(os.cpu_count() or 1, 4), ge=1)
+    compile_threads: int = Field(default=min(os.cpu_count() or 1, 2), ge=1)
+    max_programs: int = Field(default=256, ge=1)
+    max_queries: int = Field(default=1024, ge=1)
+    max_message_bytes: int = Field(default=64 * 2**20, ge=2**10, lt=2**31)
+    grace_s: float = Field(default=30.0, ge=0)
+    log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
+
+    @staticmethod
+    def load(path: Path | None = None, **arguments: Any) -> "Config":
+        """Gathers the settings.
+
+        Args:
+            path: A TOML file of settings, or None.
+            **arguments: Settings that go before all others; None counts as not
+                given.
+
+        Returns:
+            The settings.
+
+        Raises:
+            pydantic.ValidationError: A setting is unknown or has no valid value.
+            OSError: The file can't be read.
+            tomllib.TOMLDecodeError: The file is not TOML.
+        """
+        if path is not None:
+            # A file that is not there would pass for an empty one.
+            path.open("rb").close()
+
+        class Loaded(Config, toml_file=path):
+            pass
+
+        return Loaded(**{k: v for k, v in arguments.items() if v is not None})
+
+    @classmethod
+    def settings_customise_sources(  # noqa: D102
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)

@@ -1,0 +1,195 @@
+"""Collects the functions that a file declares.
+
+`Registry` keeps what was declared and where; nothing is traced here, so a file that
+registers functions also runs without a server, and at the speed of its own imports.
+`catalog.py` checks and traces the declarations when a server is about to start.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, overload
+
+from jacserve.vocabulary import MODES, Mode
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,99}")
+
+
+class RegistrationError(Exception):
+    """Functions can't be served; the message says which, where, why and the remedy.
+
+    Attributes:
+        problems: One text for each.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        """Joins the problems into one message."""
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """One function as it was declared.
+
+    Attributes:
+        function: The plain Python function.
+        name: The name to serve it under.
+        version: The version to serve it under.
+        mode: The mode that "auto" stands for.
+        largest_batch: The most rows of one query, or None.
+        batchable: Whether a batch may be vmapped; otherwise its rows run one after
+            another, each at its own cost.
+        sizes: Sizes to trace its symbolic dimensions at, at registration.
+    """
+
+    function: Callable[..., Any]
+    name: str
+    version: int = 1
+    mode: Mode = "auto"
+    largest_batch: int | None = None
+    batchable: bool = True
+    sizes: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    @property
+    def qualified_name(self) -> str:
+        """Name and version, "spherical@1"."""
+        return f"{self.name}@{self.version}"
+
+    @property
+    def origin(self) -> str:
+        """Where the function was written, "functions.py:12"."""
+        code = getattr(inspect.unwrap(self.function), "__code__", None)
+        return f"{code.co_filename}:{code.co_firstlineno}" if code else "<unknown>"
+
+
+class Registry:
+    """The functions that a file offers to a server.
+
+    ```python
+    registry = Registry()
+
+
+    @registry.function
+    def spherical(x: Float[Array, "3"]) -> Float[Array, "3"]: ...
+    ```
+    """
+
+    def __init__(self) -> None:
+        """Starts empty."""
+        self._declarations: dict[str, Declaration] = {}
+
+    @property
+    def declarations(self) -> tuple[Declaration, ...]:
+        """Everything declared, in order."""
+        return tuple(self._declarations.values())
+
+    @overload
+    def function(self, function: F, /) -> F: ...
+
+    @overload
+    def function(
+        self,
+        function: None = None,
+        /,
+        *,
+        name: str | None = None,
+        version: int = 1,
+        mode: Mode = "auto",
+        largest_batch: int | None = None,
+        batchable: bool = True,
+        sizes: Mapping[str, int] | None = None,
+    ) -> Callable[[F], F]: ...
+
+    def function(
+        self,
+        function: F | None = None,
+        /,
+        *,
+        name: str | None = None,
+        version: int = 1,
+        mode: Mode = "auto",
+        largest_batch: int | None = None,
+        batchable: bool = True,
+        sizes: Mapping[str, int] | None = None,
+    ) -> F | Callable[[F], F]:
+        """Registers a function; use it as a decorator, bare or with options.
+
+        Args:
+            function: The function. Every parameter is annotated with a jaxtyping
+                array, such as `Float[Array, "n 3"]`; it returns arrays, or tuples
+                and dictionaries of arrays.
+            name: The name to serve it under; its own by default.
+            version: The version to serve it under. A bare name means the newest.
+            mode: What "auto" stands for; by default the shapes of each query
+                decide.
+            largest_batch: The most points of one query.
+            batchable: False runs the rows of a batch one after another instead of
+                vmapping them: for functions whose loops or branches differ much
+                in cost between points.
+            sizes: Sizes of the symbolic dimensions for the trace at registration,
+                such as `{"n": 784}`, where small ones would not do.
+
+        Returns:
+            The function itself, unchanged.
+
+        Raises:
+            RegistrationError: The name and version are taken, or an option has no
+                valid value.
+        """
+
+        def declare(function: F) -> F:
+            self._declare(
+                Declaration(
+                    function=function,
+                    name=name or getattr(function, "__name__", ""),
+                    version=version,
+                    mode=mode,
+                    largest_batch=largest_batch,
+                    batchable=batchable,
+                    sizes=dict(sizes or {}),
+                )
+            )
+            return function
+
+        return declare if function is None else declare(function)
+
+    def _declare(self, declaration: Declaration) -> None:
+        problem = _find_problem(declaration)
+        if earlier := self._declarations.get(declaration.qualified_name):
+            problem = duplicate_problem(earlier)
+        if problem:
+            raise RegistrationError(describe_problem(declaration, problem))
+        self._declarations[declaration.qualified_name] = declaration
+
+
+def describe_problem(declaration: Declaration, problem: str) -> str:
+    """Returns a problem as a server reports it: file, function, what, remedy."""
+    return f"{declaration.origin}: functions/{declaration.name}: {problem}"
+
+
+def duplicate_problem(earlier: Declaration) -> str:
+    """Says that another function has the name and version."""
+    return (
+        f"{earlier.qualified_name} is already registered, at {earlier.origin}. Pass "
+        f"another name=, or version={earlier.version + 1}."
+    )
+
+
+def _find_problem(declaration: Declaration) -> str | None:
+    version, largest = declaration.version, declaration.largest_batch
+    if not _NAME.fullmatch(declaration.name):
+        return (
+            f"{declaration.name!r} is not a valid name. Pass name= with letters, "
+            "digits, '_', '-' and '.', a letter first."
+        )
+    if type(version) is not int or not 1 <= version < 2**31:
+        return f"version is {version!r}. Pass a whole number from 1."
+    if declaration.mode not in MODES:
+        return f"mode is {declaration.mode!r}. Pass one of {', '.join(MODES)}."
+    if largest is not None and (type(largest) is not int or largest < 1):
+        return f"largest_batch is {largest!r}. Pass a whole number from 1, or None."
+    return None

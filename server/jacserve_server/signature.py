@@ -1,0 +1,207 @@
+"""What a function takes, as plain data, and how a query's shapes bind to it.
+
+A dimension is a fixed size, a name such as "n" that each query binds, or an
+expression of names such as "2*n + 1".
+"""
+
+import ast
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from jacserve.trees import Path
+from jacserve.vocabulary import Mode
+
+Dimension = int | str
+
+# The widest first: the dtype that a cast chooses loses the least.
+DTYPES = (
+    "complex128",
+    "complex64",
+    "float64",
+    "float32",
+    "bfloat16",
+    "float16",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint64",
+    "uint32",
+    "uint16",
+    "uint8",
+    "bool",
+)
+INEXACT = frozenset(DTYPES[:6])
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """One array argument.
+
+    Attributes:
+        name: The parameter's name.
+        dtypes: The names of the dtypes accepted, the widest first.
+        shape: The dimensions of one point.
+    """
+
+    name: str
+    dtypes: tuple[str, ...]
+    shape: tuple[Dimension, ...]
+
+    @property
+    def is_differentiable(self) -> bool:
+        """Whether it accepts real or complex numbers at all."""
+        return not INEXACT.isdisjoint(self.dtypes)
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """A function's arguments, in declared order."""
+
+    arguments: tuple[Argument, ...]
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """The names that a query binds to sizes, in order of appearance."""
+        return tuple(
+            dict.fromkeys(
+                dimension
+                for argument in self.arguments
+                for dimension in argument.shape
+                if isinstance(dimension, str) and dimension.isidentifier()
+            )
+        )
+
+    def shapes(self, sizes: Mapping[str, int]) -> list[tuple[int, ...]]:
+        """Returns the arguments' shapes for given sizes of the symbols.
+
+        Args:
+            sizes: A size for each of `symbols`.
+
+        Returns:
+            One shape for each argument.
+
+        Raises:
+            DimensionError: An expression can't be evaluated.
+        """
+        return [
+            tuple(size_of(dimension, sizes) for dimension in argument.shape)
+            for argument in self.arguments
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionSpec:
+    """All that is known of a registered function, but its code.
+
+    Attributes:
+        name: Its name.
+        version: Its version, 1 or more.
+        documentation: Its docstring.
+        signature: What it takes.
+        results: Path and shape of each array that it returns, in declared order;
+            a dimension that shows only when it runs is None.
+        modes: The modes in which it can be differentiated.
+        missing_modes: Why it lacks each of the others.
+        preferred_mode: What "auto" stands for; "auto" lets the shapes decide.
+        largest_batch: The most rows of one query, or None.
+    """
+
+    name: str
+    version: int
+    documentation: str
+    signature: Signature
+    results: tuple[tuple[Path, tuple[Dimension | None, ...]], ...]
+    modes: tuple[Mode, ...]
+    missing_modes: Mapping[Mode, str]
+    preferred_mode: Mode
+    largest_batch: int | None
+
+    @property
+    def qualified_name(self) -> str:
+        """Name and version, "spherical@1"."""
+        return f"{self.name}@{self.version}"
+
+    @property
+    def resource(self) -> str:
+        """The name as messages show it, "functions/spherical"."""
+        return f"functions/{self.name}"
+
+
+class DimensionError(ValueError):
+    """A dimension can't be parsed or evaluated."""
+
+
+_OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = MappingProxyType(
+    {
+        ast.Add: operator.add,
+        ast.Sub: operator.sub,
+        ast.Mult: operator.mul,
+        ast.FloorDiv: operator.floordiv,
+    }
+)
+
+
+def size_of(dimension: Dimension, sizes: Mapping[str, int]) -> int:
+    """Evaluates a dimension.
+
+    Args:
+        dimension: A size, a name, or an expression with +, -, * and //.
+        sizes: The sizes of the names.
+
+    Returns:
+        The size.
+
+    Raises:
+        DimensionError: The expression has anything else in it, or a name without
+            a size.
+    """
+    if isinstance(dimension, int):
+        return dimension
+    try:
+        size = _evaluate(ast.parse(dimension, mode="eval").body, sizes)
+    except (SyntaxError, ZeroDivisionError) as error:
+        raise DimensionError(f"dimension {dimension!r}: {error}") from error
+    if size < 0:
+        raise DimensionError(f"dimension {dimension!r} is {size}, which is negative")
+    return size
+
+
+def _evaluate(node: ast.expr, sizes: Mapping[str, int]) -> int:
+    match node:
+        case ast.Constant(value=int(size)):
+            return size
+        case ast.Name(id=name) if name in sizes:
+            return sizes[name]
+        case ast.Name(id=name):
+            raise DimensionError(f"no argument has the dimension {name!r} by itself")
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+            apply = _OPERATORS[type(op)]
+            return apply(_evaluate(left, sizes), _evaluate(right, sizes))
+        case _:
+            raise DimensionError(
+                f"dimension {ast.unparse(node)!r} is not a sum, product or quotient "
+                "of sizes and names"
+            )
+
+
+def trial_sizes(symbols: tuple[str, ...]) -> Iterator[dict[str, int]]:
+    """Yields sizes to try a function with symbolic dimensions at.
+
+    Different names get different sizes first, so that a function which confuses
+    them shows it; then come sizes that suit functions which want even, equal,
+    larger or very small ones.
+
+    Args:
+        symbols: The names.
+
+    Yields:
+        A size for each name.
+    """
+    primes = (3, 5, 7, 11, 13, 17, 19, 23)
+    yield {symbol: primes[place % len(primes)] for place, symbol in enumerate(symbols)}
+    yield {symbol: 4 * (place + 1) for place, symbol in enumerate(symbols)}
+    for size in (4, 16, 64, 9, 2, 1):
+        yield dict.fromkeys(symbols, size)

@@ -1,0 +1,39 @@
+"""The gradient of a scalar function."""
+
+from typing import Any
+
+from jacserve.tensors import format_shape
+from jacserve.vocabulary import Layout
+from jacserve_server.errors import ServiceError
+from jacserve_server.transforms.jacobian import by_argument
+from jacserve_server.transforms.point import Point
+
+
+def gradient(point: Point, layout: Layout) -> Any:
+    """Returns the only row of J: [n], or an array shaped like each argument.
+
+    Raises:
+        ServiceError: The function has more than one result.
+    """
+    sizes = [leaf.array.size for leaf, _ in point.blocks]
+    if sum(sizes) != 1:
+        shapes = ", ".join(format_shape(leaf.array.shape) for leaf, _ in point.blocks)
+        raise ServiceError(
+            "QUANTITY_UNSUPPORTED",
+            f"{point.resource} has {sum(sizes)} results (shape {shapes}), but a "
+            "gradient belongs to a function with 1. Ask for jacobian.",
+            field="quantities",
+            quantity="gradient",
+            results=sum(sizes),
+        )
+    if layout == "matrix":
+        return point.matrix[0]
+    [(_, blocks)] = point.blocks
+    arguments = point.arguments
+    return by_argument(
+        point,
+        [
+            block.reshape(argument.shape)
+            for block, argument in zip(blocks, arguments, strict=True)
+        ],
+    )
