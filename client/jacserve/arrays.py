@@ -85,8 +85,7 @@ def flat(result: Result) -> Iterator[tuple[str, Array]]:
     """Yields every array of an answer with a label such as "value['z'][0]"."""
     for quantity, tree in result.quantities.items():
         for path, array in trees.flatten(tree):
-            if array is not None:
-                yield quantity + trees.format_path(path), array
+            yield quantity + trees.format_path(path), array
 
 
 def write_result(result: Result, path: Path) -> None:

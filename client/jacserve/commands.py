@@ -57,7 +57,7 @@ def main() -> None:
     """Runs the command line."""
     for command in entry_points(group="jacserve.commands"):
         app.command(command.name)(command.load())
-    app()
+    app(prog_name="jacserve")
 
 
 @app.command("functions")

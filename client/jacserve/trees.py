@@ -18,8 +18,8 @@ Path = tuple[str | int, ...]
 def flatten(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """Yields every leaf of a tree with its path, in order.
 
-    A named tuple counts as a dictionary of its fields; anything that is not a
-    tuple, list or mapping is a leaf.
+    A named tuple counts as a dictionary of its fields and None as nothing; whatever
+    else is not a tuple, list or mapping is a leaf.
 
     Args:
         tree: The tree.
@@ -33,7 +33,7 @@ def flatten(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """
     for step, child in _children(tree):
         yield from flatten(child, (*path, step))
-    if not isinstance(tree, tuple | list | Mapping):
+    if tree is not None and not isinstance(tree, tuple | list | Mapping):
         yield path, tree
 
 

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import sys
+import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator
 from importlib.metadata import EntryPoint, entry_points
@@ -158,8 +159,8 @@ def _place(error: BaseException) -> str:
     """Says at which line of the user's code an import failed."""
     if isinstance(error, SyntaxError):
         return f" at line {error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
-    frame = next((f for f in reversed(frames) if "importlib" not in f.filename), None)
-    if frame is None or frame.filename == __file__:
-        return ""
-    return f" at {frame.filename}:{frame.lineno}"
+    libraries = (*sysconfig.get_paths().values(), "<", __file__)
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(libraries):
+            return f" at {frame.filename}:{frame.lineno}"
+    return ""

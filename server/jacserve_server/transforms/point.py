@@ -1,7 +1,7 @@
 """A function at one point, differentiated once for all who ask."""
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -60,6 +60,10 @@ class Point:
 
     The real and complex arrays of the result are f; integers and booleans in it
     have a value and no derivative.
+
+    What was computed is kept in plain attributes: functools.cached_property holds
+    one lock for all instances on Python 3.11, and so one slow trace would hold up
+    every other.
     """
 
     def __init__(
@@ -86,18 +90,21 @@ class Point:
         self._mode = mode
         self.resource = resource
         self.wrt = tuple(wrt)
+        self._value: list[Leaf] | None = None
+        self._blocks: list[tuple[Leaf, list[jax.Array]]] | None = None
+        self._matrix: jax.Array | None = None
 
     @property
     def arguments(self) -> list[jax.Array]:
         """The arguments differentiated, in the order of their columns."""
         return [self._inputs[position] for position, _ in self.wrt]
 
-    @cached_property
+    @property
     def value(self) -> list[Leaf]:
-        """All arrays of f(x)."""
-        if "_differentiated" in self.__dict__:
-            return self._differentiated[1]
-        return results(self._function, self._inputs)
+        """All arrays of f(x); they come from the differentiation, if there was one."""
+        if self._value is None:
+            self._value = results(self._function, self._inputs)
+        return self._value
 
     @property
     def blocks(self) -> list[tuple[Leaf, list[jax.Array]]]:
@@ -105,11 +112,18 @@ class Point:
 
         A block has the result's shape followed by the argument's.
         """
-        return self._differentiated[0]
+        if self._blocks is None:
+            self._value, self._blocks = self._differentiate()
+        return self._blocks
 
-    @cached_property
+    @property
     def matrix(self) -> jax.Array:
         """J [m, n]."""
+        if self._matrix is None:
+            self._matrix = self._assemble()
+        return self._matrix
+
+    def _assemble(self) -> jax.Array:
         rows = [
             jnp.concatenate(
                 [
@@ -122,11 +136,10 @@ class Point:
         ]
         return jnp.concatenate(rows, axis=0)
 
-    @cached_property
-    def _differentiated(
+    def _differentiate(
         self,
-    ) -> tuple[list[tuple[Leaf, list[jax.Array]]], list[Leaf]]:
-        """The blocks of J, and f(x) from the same pass."""
+    ) -> tuple[list[Leaf], list[tuple[Leaf, list[jax.Array]]]]:
+        """Returns f(x) and the blocks of J, from one pass."""
         paths: list[Path] = []
 
         def split(*inputs: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -152,10 +165,10 @@ class Point:
                 "Ask for value alone.",
                 field="quantities",
             )
-        return [
+        return value, [
             (leaf, list(map(partial(self._promoted, leaf), row, self.arguments)))
             for leaf, row in zip(differentiable, blocks, strict=True)
-        ], value
+        ]
 
     @staticmethod
     def _promoted(leaf: Leaf, block: jax.Array, argument: jax.Array) -> jax.Array:

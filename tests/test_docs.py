@@ -1,0 +1,92 @@
+"""What the pages show is run here."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jacserve.queries import Options
+from jacserve.vocabulary import QUANTITIES
+from jacserve_server.catalog import build_catalog
+from jacserve_server.config import Config
+from jacserve_server.loading import load_registries
+from server_process import server_process
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page: str, language: str = "python") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def count(code: str) -> int:
+    """Lines of code: no blank lines, no comments alone."""
+    return len(re.findall(r"^\s*[^\s#]", code, re.M))
+
+
+def test_the_readme_server_answers_the_readme_client(tmp_path: Path) -> None:
+    functions, client = blocks("README.md")
+    assert [count(functions), count(client)] == [8, 5]
+    file = tmp_path / "functions.py"
+    file.write_text(functions)
+    with server_process(file) as server:
+        names: dict[str, np.ndarray] = {}
+        exec(client.replace("localhost:50051", server.target), names)
+        assert names["jac"].shape == (2, 2)
+        assert names["jacs"].shape == (2, 2, 2)
+        assert names["det"] == pytest.approx(2.0)
+
+
+def test_the_client_page(capsys: pytest.CaptureFixture[str]) -> None:
+    [code] = blocks("docs/client.md")
+    with server_process(ROOT / "examples" / "functions.py") as server:
+        exec(code.replace("localhost:50051", server.target), {})
+    assert "spherical(x: [3]) -> [3] ('forward', 'reverse')" in capsys.readouterr().out
+
+
+def test_the_functions_page(tmp_path: Path) -> None:
+    file = tmp_path / "page.py"
+    file.write_text(blocks("docs/functions.md")[0])
+    specs = build_catalog(load_registries([str(file)])).specs
+    assert [spec.qualified_name for spec in specs] == ["classifier@1", "classifier@2"]
+
+
+def test_the_serving_page_lists_every_setting() -> None:
+    listed = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/serving.md").read_text(), re.M)
+    assert listed == list(Config.model_fields)
+
+
+def test_the_client_page_lists_every_quantity_and_option() -> None:
+    text = (ROOT / "docs/client.md").read_text()
+    listed = set(re.findall(r"^\| `(\w+)` \|", text, re.M))
+    options = set(Options.__annotations__)
+    assert listed >= set(QUANTITIES) | options
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_tour_is_true() -> None:
+    tour = subprocess.run(
+        [sys.executable, ROOT / "examples" / "tour.py"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    assert not tour.stderr
+    pairs = re.findall(r"(?:det J|r\^2 sin\(polar\)) += ([\d.]+)", tour.stdout)
+    assert len(pairs) == 2
+    assert pairs[0] == pairs[1]
+    assert "(1000, 3) -> Jacobians (1000, 3, 3)" in tour.stdout
+    assert "shape (1, 4), mode reverse" in tour.stdout
+    assert "shape (10, 784) float32, mode reverse" in tour.stdout
+    steps = re.findall(r"x = \(([\d., ]+)\)", tour.stdout)
+    assert steps[-1] == steps[-2]
