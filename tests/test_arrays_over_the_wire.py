@@ -39,7 +39,7 @@ def mixed(x: Float[Array, "n"], y: Float[Array, "n"]) -> Float[Array, "n"]:
 
 @registry.function
 def with_constants(x: Num[Array, "n"]) -> Num[Array, "n"]:
-    return x * jnp.linspace(0.0, 1.0, x.size, dtype=x.dtype) + 0.1
+    return x * jnp.linspace(0.0, 1.0, x.size) + 0.1
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +162,7 @@ def test_mixed_dtypes_give_the_wider_derivative_in_either_mode(
     np.testing.assert_allclose(
         result.jacobian, np.hstack([np.diag(y), np.diag(x)]), rtol=1e-7
     )
+    assert client.jacobian("mixed", (x, y), wrt="x", mode=mode).dtype == np.float64
 
 
 def test_cast_converts_to_the_widest_dtype_and_only_on_request(

@@ -81,7 +81,7 @@ def indices(i: Int[Array, "n"]) -> Int[Array, "n"]:
     return i + 1
 
 
-@registry.function(largest_batch=4)
+@registry.function(max_batch=4)
 def small_batches(x: Float[Array, "3"]) -> Float[Array, "3"]:
     return x
 
@@ -219,7 +219,7 @@ BAD_CALLS: list[tuple[str, Call, type[Exception], str, str, list[str]]] = [
         ValueError,
         "INVALID_ARGUMENT",
         "DTYPE_MISMATCH",
-        ["x is complex128", "real part"],
+        ["x is complex128", "Convert it yourself"],
     ),
     (
         "a dtype that can't be sent",
@@ -282,7 +282,7 @@ BAD_CALLS: list[tuple[str, Call, type[Exception], str, str, list[str]]] = [
         lambda c: c.jacobian("indices", np.arange(3), wrt="i"),
         ValueError,
         "INVALID_ARGUMENT",
-        "DTYPE_MISMATCH",
+        "ARGUMENT_MISMATCH",
         ["i, which is int64"],
     ),
     (
@@ -299,7 +299,7 @@ BAD_CALLS: list[tuple[str, Call, type[Exception], str, str, list[str]]] = [
         ValueError,
         "INVALID_ARGUMENT",
         "MODE_UNSUPPORTED",
-        ["mode is reverse", "has forward only", "while_loop"],
+        ["mode is reverse", "while_loop", "Use forward, or auto"],
     ),
     (
         "a mode that no function has",
@@ -315,7 +315,7 @@ BAD_CALLS: list[tuple[str, Call, type[Exception], str, str, list[str]]] = [
         ValueError,
         "INVALID_ARGUMENT",
         "MODE_UNSUPPORTED",
-        ["can't be differentiated", "holomorphic"],
+        ["can't be differentiated", "real numbers of complex ones", "value alone"],
     ),
     (
         "the determinant of a tall Jacobian",
@@ -362,8 +362,8 @@ BAD_CALLS: list[tuple[str, Call, type[Exception], str, str, list[str]]] = [
     (
         "a batch larger than the function's largest",
         lambda c: c.jacobian("small_batches", np.ones((5, 3))),
-        jacserve.CapacityError,
-        "RESOURCE_EXHAUSTED",
+        ValueError,
+        "INVALID_ARGUMENT",
         "BATCH_TOO_LARGE",
         ["has 5 points", "at most 4"],
     ),
@@ -443,7 +443,7 @@ def test_a_malformed_tensor_is_refused_before_anything_is_allocated(
     with pytest.raises(jacserve.InvalidRequestError) as caught:
         send(query(inputs=[pb.Input(name="x", tensor=bad)]))
     assert caught.value.reason == "MALFORMED_TENSOR"
-    assert caught.value.field == "inputs[x].tensor"
+    assert caught.value.field == "inputs[0].tensor"
     for text in words:
         assert text in str(caught.value)
 
@@ -457,7 +457,7 @@ def test_a_malformed_tensor_is_refused_before_anything_is_allocated(
         ({"mode": 99}, "mode", "MALFORMED_REQUEST"),
         ({"layout": 99}, "layout", "MALFORMED_REQUEST"),
         ({"function": ""}, "function", "FUNCTION_NOT_FOUND"),
-        ({"inputs": [pb.Input()]}, "inputs[].tensor", "MALFORMED_TENSOR"),
+        ({"inputs": [pb.Input()]}, "inputs[0].tensor", "MALFORMED_TENSOR"),
         (
             {"inputs": [pb.Input(name="x", tensor=tensor())] * 2},
             "inputs[1].name",
@@ -485,10 +485,11 @@ def test_nan_and_inf_are_delivered_and_flagged(client: jacserve.Client) -> None:
     assert client.evaluate("reciprocal", X).finite
 
 
-def test_padding_can_not_make_a_finite_result_infinite(
-    client: jacserve.Client,
-) -> None:
-    assert client.evaluate("reciprocal", np.ones((3, 3))).finite
+def test_padding_can_not_make_a_loop_endless(client: jacserve.Client) -> None:
+    x = np.array([1.0, 2.0, 3.0])  # A fourth row of 0.0 would double for ever.
+    np.testing.assert_array_equal(
+        client.value("looping", x, timeout_s=30.0), [128.0, 128.0, 192.0]
+    )
 
 
 def test_unspecified_mode_and_layout_mean_the_defaults(

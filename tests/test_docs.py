@@ -10,9 +10,9 @@ import pytest
 
 from jacserve.queries import Options
 from jacserve.vocabulary import QUANTITIES
-from jacserve_server.catalog import build_catalog
 from jacserve_server.config import Config
 from jacserve_server.loading import load_registries
+from jacserve_server.registration import build_catalog
 from server_process import server_process
 
 ROOT = Path(__file__).parents[1]

@@ -20,7 +20,7 @@ from jacserve.errors import (
 )
 from jacserve.functions import ArgumentInfo, FunctionInfo, ResultInfo
 from jacserve.results import Result, Timing
-from jacserve.vocabulary import Layout, Mode, Quantity
+from jacserve.vocabulary import Layout, Mode, ModeOption, Quantity
 
 __all__ = [
     "ArgumentInfo",
@@ -34,6 +34,7 @@ __all__ = [
     "JacobianError",
     "Layout",
     "Mode",
+    "ModeOption",
     "NonFiniteError",
     "NotFoundError",
     "OverloadedError",

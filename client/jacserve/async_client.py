@@ -9,7 +9,7 @@ import grpc.aio
 from jacserve.channels import DEFAULT_TARGET, channel_options
 from jacserve.errors import translated
 from jacserve.functions import FunctionInfo, decode_function
-from jacserve.queries import Inputs, Options, encode_query
+from jacserve.queries import Inputs, Options, encode_query, timeout_of
 from jacserve.results import Result, decode_result
 from jacserve.tensors import Array
 from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
@@ -67,7 +67,7 @@ class AsyncClient:
         while True:
             with translated(self._target):
                 page = await self._stub.ListFunctions(
-                    request, timeout=self._timeout(timeout_s)
+                    request, timeout=timeout_of(timeout_s, self._timeout_s)
                 )
             found.extend(map(decode_function, page.functions))
             if not page.next_page_token:
@@ -81,7 +81,7 @@ class AsyncClient:
         request = pb.GetFunctionRequest(name=function)
         with translated(self._target):
             found = await self._stub.GetFunction(
-                request, timeout=self._timeout(timeout_s)
+                request, timeout=timeout_of(timeout_s, self._timeout_s)
             )
         return decode_function(found)
 
@@ -95,7 +95,7 @@ class AsyncClient:
     ) -> Result:
         """Evaluates any set of quantities; see `Client.evaluate`."""
         query = encode_query(function, inputs, quantities, options)
-        timeout = self._timeout(options.get("timeout_s"))
+        timeout = timeout_of(options.get("timeout_s"), self._timeout_s)
         with translated(self._target):
             answer = await self._stub.Evaluate(query, timeout=timeout)
         return decode_result(answer)
@@ -167,6 +167,3 @@ class AsyncClient:
         return (
             await self.evaluate(function, inputs, quantities="slogdet", **options)
         ).slogdet
-
-    def _timeout(self, timeout_s: float | None) -> float | None:
-        return self._timeout_s if timeout_s is None else timeout_s

@@ -9,7 +9,7 @@ import grpc
 from jacserve.channels import DEFAULT_TARGET, channel_options
 from jacserve.errors import translated
 from jacserve.functions import FunctionInfo, decode_function
-from jacserve.queries import Inputs, Options, encode_query
+from jacserve.queries import Inputs, Options, encode_query, timeout_of
 from jacserve.results import Result, decode_result
 from jacserve.tensors import Array
 from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
@@ -30,6 +30,8 @@ class Client:
       one without is shared by the whole batch. Dtypes are never changed.
     - `wrt`, `mode`, `layout`, `cast`, `require_finite`, `timeout_s`: see
       `jacserve.queries.Options`.
+
+    They return arrays of the function's dtype, writable and the caller's own.
 
     All raise JacobianError or one of its kinds: InvalidRequestError, a ValueError,
     for bad arguments; NotFoundError, a LookupError, for unknown functions;
@@ -89,7 +91,7 @@ class Client:
         while True:
             with translated(self._target):
                 page = self._stub.ListFunctions(
-                    request, timeout=self._timeout(timeout_s)
+                    request, timeout=timeout_of(timeout_s, self._timeout_s)
                 )
             yield from map(decode_function, page.functions)
             if not page.next_page_token:
@@ -113,7 +115,9 @@ class Client:
         """
         request = pb.GetFunctionRequest(name=function)
         with translated(self._target):
-            found = self._stub.GetFunction(request, timeout=self._timeout(timeout_s))
+            found = self._stub.GetFunction(
+                request, timeout=timeout_of(timeout_s, self._timeout_s)
+            )
         return decode_function(found)
 
     def evaluate(
@@ -139,7 +143,7 @@ class Client:
             JacobianError: The call failed; see this class.
         """
         query = encode_query(function, inputs, quantities, options)
-        timeout = self._timeout(options.get("timeout_s"))
+        timeout = timeout_of(options.get("timeout_s"), self._timeout_s)
         with translated(self._target):
             answer = self._stub.Evaluate(query, timeout=timeout)
         return decode_result(answer)
@@ -206,6 +210,3 @@ class Client:
     ) -> tuple[Array, Array]:
         """Evaluates the sign of det J and log |det J|, which can't overflow."""
         return self.evaluate(function, inputs, quantities="slogdet", **options).slogdet
-
-    def _timeout(self, timeout_s: float | None) -> float | None:
-        return self._timeout_s if timeout_s is None else timeout_s

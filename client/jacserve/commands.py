@@ -4,7 +4,6 @@ Commands of other parts of jacserve join through entry points of the group
 "jacserve.commands".
 """
 
-import os
 import sys
 import typing
 from collections.abc import Generator
@@ -19,8 +18,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jacserve import arrays
-from jacserve.arrays import ArrayTextError
+from jacserve import array_files
+from jacserve.array_files import ArrayTextError
 from jacserve.channels import DEFAULT_TARGET
 from jacserve.client import Client
 from jacserve.errors import JacobianError
@@ -28,7 +27,7 @@ from jacserve.functions import FunctionInfo
 from jacserve.queries import Options
 from jacserve.results import Result
 from jacserve.tensors import format_shape
-from jacserve.vocabulary import QUANTITIES, Layout, Mode, Quantity
+from jacserve.vocabulary import QUANTITIES, Layout, ModeOption, Quantity
 
 app = typer.Typer(
     name="jacserve",
@@ -112,8 +111,8 @@ def _print_description(function: FunctionInfo, console: Console) -> None:
         console.print(f"  [dim]no {mode}: {escape(reason)}[/dim]")
     if function.preferred_mode != "auto":
         console.print(f"  auto means {function.preferred_mode}")
-    if function.largest_batch:
-        console.print(f"\nat most {function.largest_batch} points in one call")
+    if function.max_batch:
+        console.print(f"\nat most {function.max_batch} points in one call")
 
 
 @app.command("eval")
@@ -144,7 +143,7 @@ def evaluate(
             show_default="all",
         ),
     ] = None,
-    mode: Annotated[Mode, typer.Option(help="How to differentiate.")] = "auto",
+    mode: Annotated[ModeOption, typer.Option(help="How to differentiate.")] = "auto",
     layout: Annotated[Layout, typer.Option(help="Shape of derivatives.")] = "matrix",
     dtype: Annotated[
         str | None,
@@ -186,20 +185,20 @@ def evaluate(
         function = client.describe(name, timeout_s=timeout)
         result = client.evaluate(
             name,
-            arrays.read_inputs(inputs, function, dtype),
+            array_files.read_inputs(inputs, function, dtype),
             quantities=asked,
             **options,
         )
         if output not in {"table", "json"}:
-            arrays.write_result(result, Path(output))
+            array_files.write_result(result, Path(output))
     if output == "json":
-        print(arrays.to_json(result))
+        print(array_files.to_json(result))
     elif output == "table":
         _print_result(result, Console())
 
 
 def _print_result(result: Result, console: Console) -> None:
-    for label, array in arrays.flat(result):
+    for label, array in array_files.flat(result):
         console.print(
             f"[bold]{escape(label)}[/bold] "
             f"[dim]{array.dtype} {escape(format_shape(array.shape))}[/dim]"
@@ -225,6 +224,3 @@ def _connected(target: str) -> Generator[Client]:
     except (JacobianError, ArrayTextError) as error:
         print(f"jacserve: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        # As shells expect of a program that Ctrl-C ended.
-        os._exit(130)

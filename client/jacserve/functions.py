@@ -7,7 +7,7 @@ from typing import cast
 from jacserve import trees
 from jacserve.tensors import format_shape
 from jacserve.v1 import jacobian_pb2 as pb
-from jacserve.vocabulary import DTYPES, MODES, Mode, word
+from jacserve.vocabulary import DTYPES, MODE_OPTIONS, Mode, ModeOption, word
 
 Shape = tuple[int | str | None, ...]
 
@@ -57,7 +57,7 @@ class FunctionInfo:
         modes: The modes in which it can be differentiated.
         missing_modes: The modes that it lacks, with the reason of each.
         preferred_mode: What "auto" stands for; "auto" itself when shapes decide.
-        largest_batch: The largest batch of one call; None for no limit.
+        max_batch: The most points of one call; None for no limit.
     """
 
     name: str
@@ -67,8 +67,8 @@ class FunctionInfo:
     results: tuple[ResultInfo, ...]
     modes: tuple[Mode, ...]
     missing_modes: Mapping[Mode, str]
-    preferred_mode: Mode
-    largest_batch: int | None
+    preferred_mode: ModeOption
+    max_batch: int | None
 
     @property
     def signature(self) -> str:
@@ -98,7 +98,7 @@ def decode_function(message: pb.Function) -> FunctionInfo:
                 name=argument.name,
                 dtypes=tuple(word(DTYPES, dtype) for dtype in argument.dtypes),
                 shape=_decode_shape(argument.shape),
-                differentiable=argument.is_differentiable,
+                differentiable=argument.differentiable,
             )
             for argument in message.arguments
         ),
@@ -110,13 +110,13 @@ def decode_function(message: pb.Function) -> FunctionInfo:
         ),
         modes=tuple(_mode(mode) for mode in message.modes),
         missing_modes={_mode(gap.mode): gap.reason for gap in message.missing_modes},
-        preferred_mode=_mode(message.preferred_mode),
-        largest_batch=message.largest_batch or None,
+        preferred_mode=cast("ModeOption", word(MODE_OPTIONS, message.preferred_mode)),
+        max_batch=message.max_batch or None,
     )
 
 
 def _mode(number: int) -> Mode:
-    return cast("Mode", word(MODES, number))
+    return cast("Mode", word(MODE_OPTIONS, number))
 
 
 def _decode_shape(dimensions: Iterable[pb.Dimension]) -> Shape:

@@ -1,5 +1,6 @@
 """What a call asks for, as a `Query` message: shared by both clients."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, TypeVar
 
@@ -8,7 +9,14 @@ import numpy.typing as npt
 from jacserve import tensors
 from jacserve.errors import InvalidRequestError
 from jacserve.v1 import jacobian_pb2 as pb
-from jacserve.vocabulary import LAYOUTS, MODES, QUANTITIES, Layout, Mode, Quantity
+from jacserve.vocabulary import (
+    LAYOUTS,
+    MODE_OPTIONS,
+    QUANTITIES,
+    Layout,
+    ModeOption,
+    Quantity,
+)
 
 N = TypeVar("N", bound=int)
 
@@ -30,11 +38,11 @@ class Options(TypedDict, total=False):
         require_finite: Raises NonFiniteError when the result has NaN or Inf;
             otherwise `Result.finite` says so.
         timeout_s: Seconds for the whole call, queueing and compilation included.
-            None waits as long as it takes.
+            None means the client's own; math.inf waits as long as it takes.
     """
 
     wrt: str | Sequence[str]
-    mode: Mode
+    mode: ModeOption
     layout: Layout
     cast: bool
     require_finite: bool
@@ -61,46 +69,72 @@ def encode_query(
 
     Raises:
         InvalidRequestError: A word or an array can't be sent.
+        TypeError: There is no such option, or a value is of the wrong type.
     """
-    return pb.Query(
-        function=function,
-        inputs=_encode_inputs(inputs),
+    unknown = options.keys() - Options.__annotations__.keys()
+    if unknown:
+        raise TypeError(
+            f"there is no option {', '.join(sorted(unknown))}; there are "
+            f"{', '.join(Options.__annotations__)}"
+        )
+    query = pb.Query(
+        function=_checked("function", function, str),
         quantities=[
-            _number(QUANTITIES, "quantities", word) for word in _listed(quantities)
+            _number(QUANTITIES, "quantities", word)
+            for word in _words("quantities", quantities)
         ],
-        wrt=_listed(options.get("wrt", ())),
-        mode=_number(MODES, "mode", options.get("mode", "auto")),
+        wrt=_words("wrt", options.get("wrt", ())),
+        mode=_number(MODE_OPTIONS, "mode", options.get("mode", "auto")),
         layout=_number(LAYOUTS, "layout", options.get("layout", "matrix")),
-        cast=options.get("cast", False),
-        require_finite=options.get("require_finite", False),
+        cast=_checked("cast", options.get("cast", False), bool),
+        require_finite=_checked(
+            "require_finite", options.get("require_finite", False), bool
+        ),
     )
+    # In place: a message made beforehand would be copied, bytes and all.
+    for place, (name, array) in enumerate(_named(inputs)):
+        try:
+            tensors.encode_into(query.inputs.add(name=name).tensor, array)
+        except (TypeError, ValueError) as error:
+            raise InvalidRequestError(
+                f"{name or f'input {place}'}: {error}",
+                code="INVALID_ARGUMENT",
+                reason="DTYPE_MISMATCH",
+                field=f"inputs[{place}].tensor.dtype",
+            ) from error
+    return query
 
 
-def _encode_inputs(inputs: Inputs) -> list[pb.Input]:
-    named: Sequence[tuple[str, Any]]
+def timeout_of(timeout_s: float | None, default_s: float | None) -> float | None:
+    """Returns the timeout for gRPC: a call's own, else the client's; None for none."""
+    timeout_s = default_s if timeout_s is None else timeout_s
+    return None if timeout_s == math.inf else timeout_s
+
+
+def _named(inputs: Inputs) -> list[tuple[str, Any]]:
     if isinstance(inputs, Mapping):
-        named = list(inputs.items())
-    elif isinstance(inputs, tuple):
-        named = [("", array) for array in inputs]
-    else:
-        named = [("", inputs)]
-    return [
-        pb.Input(name=name, tensor=_encode_tensor(name or f"input {place}", array))
-        for place, (name, array) in enumerate(named)
-    ]
+        return [
+            (_checked("a name of inputs", name, str), array)
+            for name, array in inputs.items()
+        ]
+    if isinstance(inputs, tuple):
+        return [("", array) for array in inputs]
+    return [("", inputs)]
 
 
-def _encode_tensor(label: str, array: npt.ArrayLike) -> pb.Tensor:
-    try:
-        return tensors.encode(array)
-    except (TypeError, ValueError) as error:
-        raise InvalidRequestError(
-            f"{label}: {error}", code="INVALID_ARGUMENT", reason="DTYPE_MISMATCH"
-        ) from error
+T = TypeVar("T")
 
 
-def _listed(words: str | Sequence[str]) -> list[str]:
-    return [words] if isinstance(words, str) else list(words)
+def _checked(label: str, value: T, kind: type) -> T:
+    if not isinstance(value, kind):
+        raise TypeError(f"{label} is {value!r}; pass a {kind.__name__}")
+    return value
+
+
+def _words(label: str, words: str | Sequence[str]) -> list[str]:
+    if isinstance(words, str):
+        return [words]
+    return [_checked(label, word, str) for word in words]
 
 
 def _number(words: Mapping[str, N], field: str, word: str) -> N:

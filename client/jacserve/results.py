@@ -7,7 +7,7 @@ from typing import Any, cast
 from jacserve import tensors, trees
 from jacserve.tensors import Array
 from jacserve.v1 import jacobian_pb2 as pb
-from jacserve.vocabulary import MODES, QUANTITIES, Mode, word
+from jacserve.vocabulary import MODE_OPTIONS, QUANTITIES, Mode, word
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +116,13 @@ def decode_result(message: pb.Result) -> Result:
     return Result(
         function=message.function.removeprefix("functions/"),
         quantities={name: trees.unflatten(found) for name, found in leaves.items()},
-        mode=cast("Mode", word(MODES, message.mode)) if message.mode else None,
-        finite=message.is_finite,
+        mode=cast("Mode", word(MODE_OPTIONS, message.mode)) if message.mode else None,
+        finite=message.finite,
         device=message.device,
-        bucket=message.bucket or None,
+        bucket=message.bucket if message.HasField("bucket") else None,
         timing=Timing(
-            queue_s=message.timing.queue.ToTimedelta().total_seconds(),
-            compile_s=message.timing.compile.ToTimedelta().total_seconds(),
-            execute_s=message.timing.execute.ToTimedelta().total_seconds(),
+            queue_s=message.timing.queue_duration.ToTimedelta().total_seconds(),
+            compile_s=message.timing.compile_duration.ToTimedelta().total_seconds(),
+            execute_s=message.timing.execute_duration.ToTimedelta().total_seconds(),
         ),
     )

@@ -48,38 +48,36 @@ def dtype_named(name: str) -> np.dtype[Any]:
     return np.dtype(name)
 
 
-def encode(array: npt.ArrayLike) -> pb.Tensor:
-    """Encodes an array, whatever its strides and byte order.
+def encode_into(tensor: pb.Tensor, array: npt.ArrayLike) -> None:
+    """Encodes an array, whatever its strides and byte order, in one copy.
 
     Args:
+        tensor: An empty message, in its place in the one to be sent.
         array: Anything that numpy makes an array of, of a dtype of the contract.
-
-    Returns:
-        The message.
 
     Raises:
         TypeError: The contract has no such dtype.
     """
     x = np.asarray(array)
-    number = DTYPES.get(x.dtype.name)
-    if number is None:
+    if x.dtype.name not in DTYPES:
         raise TypeError(
             f"dtype {x.dtype} can't be sent. Convert the array to one of "
             f"{', '.join(DTYPES)}."
         )
+    tensor.dtype = DTYPES[x.dtype.name]
+    tensor.shape.extend(x.shape)
     little_endian = x.dtype.newbyteorder("<")
-    data = x.astype(little_endian, copy=False).tobytes(order="C")
-    return pb.Tensor(dtype=number, shape=x.shape, data=data)
+    tensor.data = x.astype(little_endian, copy=False).tobytes(order="C")
 
 
 def decode(tensor: pb.Tensor) -> Array:
-    """Decodes a tensor into a read-only view of its bytes.
+    """Decodes a tensor.
 
     Args:
         tensor: The message, from anywhere.
 
     Returns:
-        The array, in native byte order.
+        The array, read-only, in native byte order.
 
     Raises:
         MalformedTensorError: The message does not describe an array.
@@ -93,26 +91,27 @@ def decode(tensor: pb.Tensor) -> Array:
             f"Set one of {', '.join(DTYPES)}."
         ) from None
     dtype = dtype_named(name)
-    shape = tuple(tensor.shape)
-    if len(shape) > MAX_RANK:
+    if len(tensor.shape) > MAX_RANK:
         raise MalformedTensorError(
-            f"the shape has {len(shape)} axes, but at most {MAX_RANK} are allowed. "
-            "Reshape the array."
+            f"the shape has {len(tensor.shape)} axes, but at most {MAX_RANK} are "
+            "allowed. Reshape the array."
         )
+    shape = tuple(tensor.shape)
     if not all(0 <= size <= MAX_AXIS_SIZE for size in shape):
         raise MalformedTensorError(
             f"the shape {format_shape(shape)} has an axis outside "
             f"0 to {MAX_AXIS_SIZE}. Send the array's own shape."
         )
+    data = tensor.data  # Every access makes a new copy.
     expected = math.prod(shape) * dtype.itemsize
-    if len(tensor.data) != expected:
+    if len(data) != expected:
         raise MalformedTensorError(
             f"shape {format_shape(shape)} of {name} takes {expected} bytes, but data "
-            f"has {len(tensor.data)}. Send raw little-endian elements in C order."
+            f"has {len(data)}. Send raw little-endian elements in C order."
         )
-    if name == "bool" and tensor.data.translate(None, b"\x00\x01"):
+    if name == "bool" and data.translate(None, b"\x00\x01"):
         raise MalformedTensorError("a bool is neither 0 nor 1. Send one byte for each.")
-    x = np.frombuffer(tensor.data, dtype.newbyteorder("<")).reshape(shape)
+    x = np.frombuffer(data, dtype.newbyteorder("<")).reshape(shape)
     return x.astype(dtype, copy=False)
 
 

@@ -14,6 +14,8 @@ from jacserve.v1 import jacobian_pb2 as pb
 
 Path = tuple[str | int, ...]
 
+_MOST_CHILDREN = 2**16
+
 
 def flatten(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """Yields every leaf of a tree with its path, in order.
@@ -57,7 +59,7 @@ def unflatten(leaves: Iterable[tuple[Path, Any]]) -> Any:
 
     Returns:
         The tree. Lists come back as tuples, named tuples as dictionaries; a tuple
-        has None where an index is left out.
+        has None where an index before its last is left out.
 
     Raises:
         ValueError: The paths do not describe one tree.
@@ -71,10 +73,12 @@ def unflatten(leaves: Iterable[tuple[Path, Any]]) -> Any:
             raise ValueError("a tree has a leaf where it also has children")
         children.setdefault(path[0], []).append((path[1:], leaf))
     built = {step: unflatten(below) for step, below in children.items()}
+    if all(isinstance(step, str) for step in built):
+        return built
     indices = [step for step in built if isinstance(step, int)]
-    if indices:
-        return tuple(built.get(index) for index in range(max(indices) + 1))
-    return built
+    if len(indices) < len(built) or max(indices) >= _MOST_CHILDREN:
+        raise ValueError("a tree has both keys and indices, or too many children")
+    return tuple(built.get(index) for index in range(max(indices) + 1))
 
 
 def encode_path(path: Path) -> list[pb.PathStep]:

@@ -7,7 +7,7 @@ them for type checkers.
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
@@ -21,7 +21,8 @@ Quantity = Literal[
     "abs_determinant",
     "slogdet",
 ]
-Mode = Literal["auto", "forward", "reverse"]
+Mode = Literal["forward", "reverse"]
+ModeOption = Literal["auto", "forward", "reverse"]
 Layout = Literal["matrix", "blocks"]
 
 
@@ -32,7 +33,8 @@ def _words(enum: EnumTypeWrapper, prefix: str) -> Mapping[str, Any]:
 
 
 QUANTITIES: Mapping[str, pb.Quantity] = _words(pb.Quantity, "QUANTITY_")
-MODES: Mapping[str, pb.Mode] = _words(pb.Mode, "MODE_")
+MODES: tuple[Mode, ...] = get_args(Mode)
+MODE_OPTIONS: Mapping[str, pb.Mode] = _words(pb.Mode, "MODE_")
 LAYOUTS: Mapping[str, pb.Layout] = _words(pb.Layout, "LAYOUT_")
 DTYPES: Mapping[str, pb.DType] = _words(pb.DType, "DTYPE_")
 

@@ -1,5 +1,6 @@
 """Reads a function's signature from its jaxtyping annotations."""
 
+import functools
 import inspect
 import typing
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from typing import Any
 
 from jaxtyping import AbstractArray
 
+from jacserve_server.registry import underlying
 from jacserve_server.signature import (
     DTYPES,
     Argument,
@@ -36,13 +38,18 @@ def read_signature(function: Callable[..., Any]) -> Signature:
             rank is fixed.
     """
     try:
-        hints = typing.get_type_hints(function)
+        hints = typing.get_type_hints(underlying(function))
     except Exception as error:
         raise AnnotationError(
             f"its annotations can't be evaluated ({type(error).__name__}: {error}). "
             "Import every name that they use."
         ) from error
-    parameters = inspect.signature(function).parameters.values()
+    bound = function.keywords if isinstance(function, functools.partial) else {}
+    parameters = [
+        parameter
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name not in bound
+    ]
     if not parameters:
         raise AnnotationError(
             "it takes no arguments. Give it an array to differentiate by."
@@ -50,6 +57,11 @@ def read_signature(function: Callable[..., Any]) -> Signature:
     return Signature(
         tuple(_read_argument(parameter, hints) for parameter in parameters)
     )
+
+
+def documentation_of(function: Callable[..., Any]) -> str:
+    """Returns a function's docstring, or nothing."""
+    return inspect.getdoc(underlying(function)) or ""
 
 
 def _read_argument(parameter: inspect.Parameter, hints: dict[str, Any]) -> Argument:

@@ -1,6 +1,7 @@
 """The server's command: `jacserve serve`."""
 
 import logging
+import os
 import sys
 import tomllib
 from pathlib import Path
@@ -48,10 +49,10 @@ def serve(
     try:
         from pydantic import ValidationError
 
-        from jacserve_server.catalog import build_catalog
         from jacserve_server.config import Config
         from jacserve_server.executor import DeviceError
         from jacserve_server.loading import load_registries
+        from jacserve_server.registration import build_catalog
         from jacserve_server.registry import RegistrationError
         from jacserve_server.server import AddressError, run, serve_until_signal
     except ModuleNotFoundError as error:
@@ -72,13 +73,18 @@ def serve(
         print(f"  {spec.qualified_name}  {', '.join(spec.modes) or 'value only'}")
 
     def announce(address: str) -> None:
-        print(f"Listening on {address} ({len(catalog.specs)} functions).", flush=True)
+        count = len(catalog.specs)
+        functions = "1 function" if count == 1 else f"{count} functions"
+        print(f"Listening on {address} ({functions}).", flush=True)
 
     try:
-        run(serve_until_signal(catalog, settings, announce))
+        is_drained = run(serve_until_signal(catalog, settings, announce))
     except (AddressError, DeviceError) as error:
         _fail(str(error))
-    print("Stopped.")
+    print("Stopped." if is_drained else "Stopped while calls still ran.", flush=True)
+    if not is_drained:
+        # A running program can't be interrupted, and Python would wait for it.
+        os._exit(1)
 
 
 def _settings_problems(error: "ValidationError") -> list[str]:

@@ -27,7 +27,10 @@ class Config(BaseSettings):
         compile_threads: Programs that may be compiled at once.
         max_programs: Compiled programs kept; the least recently used goes first.
         max_queries: Queries in flight; more are refused.
+        max_queued_bytes: Bytes of requests in flight; more are refused.
         max_message_bytes: The largest request, and the largest result.
+        max_program_bytes: Device memory that one program may take, with arguments,
+            results and intermediates; None for 3/4 of what there is.
         grace_s: Seconds that running calls get to finish at shutdown.
         log_level: How much is logged: "debug", "info", "warning" or "error".
     """
@@ -43,7 +46,9 @@ class Config(BaseSettings):
     compile_threads: int = Field(default=min(os.cpu_count() or 1, 2), ge=1)
     max_programs: int = Field(default=256, ge=1)
     max_queries: int = Field(default=1024, ge=1)
-    max_message_bytes: int = Field(default=64 * 2**20, ge=2**10, lt=2**31)
+    max_queued_bytes: int = Field(default=2**30, ge=2**10)
+    max_message_bytes: int = Field(default=64 * 2**20, ge=2**10, le=2**31 - 2**21)
+    max_program_bytes: int | None = Field(default=None, ge=2**20)
     grace_s: float = Field(default=30.0, ge=0)
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
 

@@ -2,17 +2,38 @@
 
 Domain code raises ServiceError with a reason of the contract; `service.py` alone
 turns it into a gRPC status. A message says what was wrong with both values, then
-what to do; every value in it also stands in the metadata.
+what to do; the values also stand in the metadata.
 """
 
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Literal
 
 from google.rpc import code_pb2
 
-# The reasons are plain words here, checked against the contract by a test.
-CODES: Mapping[str, int] = MappingProxyType(
+# The contract's ErrorReason, each with the code that it always comes with.
+Reason = Literal[
+    "SHAPE_MISMATCH",
+    "DTYPE_MISMATCH",
+    "MALFORMED_TENSOR",
+    "ARGUMENT_MISMATCH",
+    "MALFORMED_REQUEST",
+    "MODE_UNSUPPORTED",
+    "QUANTITY_UNSUPPORTED",
+    "TRACE_FAILED",
+    "FUNCTION_NOT_FOUND",
+    "RESULT_NOT_FINITE",
+    "RESULT_TOO_LARGE",
+    "BATCH_TOO_LARGE",
+    "QUEUE_FULL",
+    "DEVICE_OUT_OF_MEMORY",
+    "SHUTTING_DOWN",
+    "COMPILATION_FAILED",
+    "EXECUTION_FAILED",
+    "UNEXPECTED",
+]
+CODES: Mapping[Reason, int] = MappingProxyType(
     {
         "SHAPE_MISMATCH": code_pb2.INVALID_ARGUMENT,
         "DTYPE_MISMATCH": code_pb2.INVALID_ARGUMENT,
@@ -25,7 +46,7 @@ CODES: Mapping[str, int] = MappingProxyType(
         "FUNCTION_NOT_FOUND": code_pb2.NOT_FOUND,
         "RESULT_NOT_FINITE": code_pb2.FAILED_PRECONDITION,
         "RESULT_TOO_LARGE": code_pb2.RESOURCE_EXHAUSTED,
-        "BATCH_TOO_LARGE": code_pb2.RESOURCE_EXHAUSTED,
+        "BATCH_TOO_LARGE": code_pb2.INVALID_ARGUMENT,
         "QUEUE_FULL": code_pb2.RESOURCE_EXHAUSTED,
         "DEVICE_OUT_OF_MEMORY": code_pb2.RESOURCE_EXHAUSTED,
         "SHUTTING_DOWN": code_pb2.UNAVAILABLE,
@@ -34,6 +55,11 @@ CODES: Mapping[str, int] = MappingProxyType(
         "UNEXPECTED": code_pb2.INTERNAL,
     }
 )
+
+# All of an error travels in HTTP/2 headers, of which 8 KiB are sure to pass; the
+# message goes there twice, once with three bytes for each that is not ASCII.
+_MESSAGE_BYTES = 1000
+_METADATA_BYTES = 200
 
 
 class ServiceError(Exception):
@@ -50,37 +76,63 @@ class ServiceError(Exception):
 
     def __init__(
         self,
-        reason: str,
+        reason: Reason,
         message: str,
         *,
         field: str = "",
         retry_after_s: float | None = None,
         **metadata: object,
     ) -> None:
-        """Keeps the particulars."""
+        """Keeps the particulars; long texts lose their middle."""
         super().__init__(message)
-        self.reason = reason
+        self.reason: Reason = reason
         self.code = CODES[reason]
-        self.message = message
-        self.field = field
+        self.message = clipped(message, _MESSAGE_BYTES)
+        self.field = clipped(field, _METADATA_BYTES)
         self.retry_after_s = retry_after_s
-        self.metadata = {name: str(value) for name, value in metadata.items()}
+        self.metadata = {
+            name: clipped(str(value), _METADATA_BYTES)
+            for name, value in metadata.items()
+        }
+
+
+def clipped(text: str, size: int) -> str:
+    """Returns a text that takes at most so many bytes, without its middle if need be.
+
+    Args:
+        text: Any text.
+        size: The most bytes of UTF-8.
+
+    Returns:
+        The text, or its beginning and end.
+    """
+    data = text.encode(errors="replace")
+    if len(data) <= size:
+        return data.decode()
+    half = (size - 5) // 2
+    start, end = data[:half], data[-half:]
+    return f"{start.decode(errors='ignore')} ... {end.decode(errors='ignore')}"
 
 
 _DIRECTORIES = re.compile(r"(?<![\w:/.])(?:[A-Za-z]:\\|/)(?:[^\s/\\'\",;:()]+[/\\])+")
-_LONGEST = 1000
 
 
 def describe_exception(error: BaseException) -> str:
     """Returns a user function's exception in words that may leave the server.
 
     Args:
-        error: What the function, or JAX while it traced the function, raised.
+        error: What the function, or JAX while it traced or ran it, raised.
 
     Returns:
-        Type and text, with directories taken out of file names.
+        Type and text, with directories taken out of file names, and of a traceback
+        only what it ends with.
     """
-    text = _DIRECTORIES.sub("", str(error).strip())
-    if len(text) > _LONGEST:
-        text = text[:_LONGEST] + " ..."
+    try:
+        text = str(error).strip()
+    except Exception:
+        text = ""
+    if "Traceback (most recent call last)" in text:
+        # What a callback raised while the program ran says its type itself.
+        return _DIRECTORIES.sub("", re.split(r"\n(?=\S)", text)[-1])
+    text = clipped(_DIRECTORIES.sub("", text), _MESSAGE_BYTES - 300)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,24 +1,29 @@
-"""Runs work on a device: finds or compiles its program, then runs it in a thread."""
+"""Runs work on a device: finds or compiles programs, and runs them in threads."""
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import cast
 
 import jax
 
 from jacserve.vocabulary import Mode
+from jacserve_server.batches import padded
 from jacserve_server.catalog import RegisteredFunction
-from jacserve_server.planning import padded
 from jacserve_server.programs import (
     Device,
+    Limits,
     Program,
-    SingleFlight,
+    check_result_size,
     choose_mode,
     compile_program,
+    without_quantities,
 )
-from jacserve_server.query import Outcome, ProgramKey, Work
+from jacserve_server.single_flight import SingleFlight
+from jacserve_server.work import Computation, Outcome, ProgramKey, Work
 
 
 class DeviceError(Exception):
@@ -55,8 +60,18 @@ def device_name(device: Device) -> str:
     return f"{device.platform}:{device.id}"
 
 
+def memory_budget(device: Device) -> int:
+    """Returns the bytes that one program may take by default: 3/4 of the memory."""
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        memory = stats["bytes_limit"]
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory * 3 // 4
+
+
 class Executor:
-    """Executes work on one device of this process.
+    """Runs programs on one device of this process.
 
     It takes and returns plain data, so another executor, in another process, can
     stand in its place. Used from one event loop; programs are compiled and run in
@@ -71,7 +86,7 @@ class Executor:
         threads: int,
         compile_threads: int,
         max_programs: int,
-        max_result_bytes: int,
+        limits: Limits,
     ) -> None:
         """Starts no work yet.
 
@@ -81,82 +96,96 @@ class Executor:
             threads: How many may run at once.
             compile_threads: How many may be compiled at once.
             max_programs: How many compiled ones are kept.
-            max_result_bytes: The most that one result may take.
+            limits: What one program may take.
         """
         self._find = find
         self._device = device
-        self._max_result_bytes = max_result_bytes
+        self._limits = limits
         self._device_threads = ThreadPoolExecutor(threads, "device")
         self._compile_threads = ThreadPoolExecutor(compile_threads, "compile")
         self._programs = SingleFlight[ProgramKey, Program](
             self._compile_threads, capacity=max_programs
         )
-        self._modes = SingleFlight[ProgramKey, Mode](
+        self._modes = SingleFlight[Computation, Mode](
             self._compile_threads, capacity=max_programs
         )
 
-    async def execute(self, work: Work) -> Outcome:
-        """Executes one piece of work.
+    def ready(self, key: ProgramKey) -> Program | None:
+        """Returns a program that is compiled already, else None."""
+        computation = key.computation
+        if computation.mode == "auto":
+            mode = self._modes.ready(without_quantities(computation))
+            if mode is None:
+                return None
+            key = replace(key, computation=replace(computation, mode=mode))
+        return self._programs.ready(key)
 
-        Cancelling drops the work if it has not begun to run; a program that is
-        being compiled is finished for the next who asks.
+    async def prepare(self, key: ProgramKey) -> Program:
+        """Returns a program, compiled if need be.
+
+        What is being compiled when its last asker leaves is finished, for the next.
 
         Args:
-            work: What to run, and on what.
+            key: Which program; "auto" as its mode lets the shapes decide.
+
+        Returns:
+            The program, its mode decided.
+
+        Raises:
+            ServiceError: It can't be compiled.
+        """
+        function = self._find(key.computation.function)
+        if key.computation.mode == "auto":
+            shapes = without_quantities(key.computation)
+            mode = await self._modes.get(shapes, lambda: choose_mode(function, shapes))
+            key = replace(key, computation=replace(key.computation, mode=mode))
+        decided = key
+        return await self._programs.get(
+            decided,
+            lambda: compile_program(function, decided, self._device, self._limits),
+        )
+
+    async def run(self, program: Program, work: Work) -> Outcome:
+        """Runs a program in a thread of the device.
+
+        Args:
+            program: The program for the work's computation and batch.
+            work: On what.
 
         Returns:
             What came of it.
 
         Raises:
-            ServiceError: It can't be compiled or run.
+            ServiceError: The result is too large to send, or the device failed.
         """
-        program, compile_s = await self._program(work.key)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
-            self._device_threads, self._run, program, work, compile_s, time.monotonic()
+            self._device_threads, self._run, program, work
         )
 
     def close(self) -> None:
-        """Waits for what runs and drops what waits."""
-        self._compile_threads.shutdown(cancel_futures=True)
-        self._device_threads.shutdown(cancel_futures=True)
+        """Takes no more work; what runs can't be stopped and is not waited for."""
+        self._compile_threads.shutdown(wait=False, cancel_futures=True)
+        self._device_threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _program(self, key: ProgramKey) -> tuple[Program, float]:
-        """Returns the program, and the seconds spent waiting for it."""
-        function = self._find(key.function)
+    def _run(self, program: Program, work: Work) -> Outcome:
+        computation, bucket = program.key.computation, program.key.bucket
+        name = f"functions/{computation.function}"
+        check_result_size(name, program.row_bytes, work.batch, self._limits)
         start = time.monotonic()
-        was_ready = True
-        if key.mode == "auto":
-            shapes = replace(key, quantities=(), layout="matrix", bucket=None)
-            was_ready = self._modes.is_ready(shapes)
-            mode = await self._modes.get(shapes, lambda: choose_mode(function, shapes))
-            key = replace(key, mode=mode)
-        was_ready = was_ready and self._programs.is_ready(key)
-        program = await self._programs.get(
-            key,
-            lambda: compile_program(
-                function, key, self._device, max_result_bytes=self._max_result_bytes
-            ),
-        )
-        return program, 0.0 if was_ready else time.monotonic() - start
-
-    def _run(
-        self, program: Program, work: Work, compile_s: float, submitted: float
-    ) -> Outcome:
-        start = time.monotonic()
-        arrays, finite = program.run(padded(work))
+        arrays, finite = program.run(padded(work, bucket))
         if work.batch is not None:
             arrays = [array[: work.batch] for array in arrays]
             finite = finite[: work.batch]
         return Outcome(
-            key=program.key,
+            function=computation.function,
             outputs=tuple(
                 (quantity, path, array)
                 for (quantity, path), array in zip(program.outline, arrays, strict=True)
             ),
             finite=finite,
+            mode=cast("Mode | None", computation.mode),
+            bucket=bucket,
             device=device_name(self._device),
-            queue_s=start - submitted,
-            compile_s=compile_s,
             execute_s=time.monotonic() - start,
         )

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 import sys
 import sysconfig
 import traceback
@@ -116,9 +117,15 @@ def _import(target: str) -> ModuleType | Registry:
     if path.suffix == ".py" or path.is_file():
         return _import_file(path)
     name, _, attribute = target.partition(":")
+    # As `python -m MODULE` does, so that a module of this folder is found.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     try:
         is_known = importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        # Importing a parent package may fail for want of something else.
+        if not f"{name}.".startswith(f"{error.name}."):
+            raise
         is_known = False
     except ValueError:
         is_known = name in sys.modules

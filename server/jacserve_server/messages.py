@@ -11,16 +11,17 @@ from jacserve.v1 import jacobian_pb2 as pb
 from jacserve.vocabulary import (
     DTYPES,
     LAYOUTS,
-    MODES,
+    MODE_OPTIONS,
     QUANTITIES,
     Layout,
-    Mode,
+    ModeOption,
     Quantity,
     word,
 )
 from jacserve_server.errors import ServiceError
-from jacserve_server.query import Outcome, Query
+from jacserve_server.query import Query
 from jacserve_server.signature import Dimension, FunctionSpec
+from jacserve_server.work import Outcome
 
 
 def decode_query(message: pb.Query) -> Query:
@@ -30,7 +31,7 @@ def decode_query(message: pb.Query) -> Query:
         message: The message.
 
     Returns:
-        The query; its arrays are views of the message's bytes.
+        The query; its arrays are read-only.
 
     Raises:
         ServiceError: A field has no valid value, or a tensor is malformed.
@@ -44,10 +45,14 @@ def decode_query(message: pb.Query) -> Query:
     quantities = [_word(QUANTITIES, "quantities", q) for q in message.quantities]
     return Query(
         function=message.function,
-        inputs=tuple(map(_decode_input, message.inputs)),
+        inputs=tuple(
+            _decode_input(place, given) for place, given in enumerate(message.inputs)
+        ),
         quantities=cast("tuple[Quantity, ...]", tuple(dict.fromkeys(quantities))),
         wrt=tuple(message.wrt),
-        mode=cast("Mode", _word(MODES, "mode", message.mode or pb.MODE_AUTO)),
+        mode=cast(
+            "ModeOption", _word(MODE_OPTIONS, "mode", message.mode or pb.MODE_AUTO)
+        ),
         layout=cast(
             "Layout", _word(LAYOUTS, "layout", message.layout or pb.LAYOUT_MATRIX)
         ),
@@ -56,18 +61,16 @@ def decode_query(message: pb.Query) -> Query:
     )
 
 
-def _decode_input(message: pb.Input) -> tuple[str, tensors.Array]:
+def _decode_input(place: int, message: pb.Input) -> tuple[str, tensors.Array]:
     try:
         return message.name, tensors.decode(message.tensor)
     except MalformedTensorError as error:
-        label = message.name or "an input"
+        label = message.name or f"input {place}"
         raise ServiceError(
             "MALFORMED_TENSOR",
             f"{label}: {error}",
-            field=f"inputs[{message.name}].tensor",
-            argument=message.name,
-            shape=tensors.format_shape(tuple(message.tensor.shape)),
-            data_bytes=len(message.tensor.data),
+            field=f"inputs[{place}].tensor",
+            argument=label,
         ) from error
 
 
@@ -84,35 +87,37 @@ def _word(words: Mapping[str, int], field: str, number: int) -> str:
         ) from None
 
 
-def encode_outcome(outcome: Outcome) -> pb.Result:
+def encode_outcome(outcome: Outcome, quantities: tuple[Quantity, ...]) -> pb.Result:
     """Encodes what came of a query.
 
     Args:
-        outcome: What the executor returned.
+        outcome: What the scheduler returned.
+        quantities: What the client asked for, in its order.
 
     Returns:
         The message.
     """
-    return pb.Result(
-        function=f"functions/{outcome.key.function}",
-        outputs=[
-            pb.Output(
-                quantity=QUANTITIES[quantity],
-                path=trees.encode_path(path),
-                tensor=tensors.encode(array),
-            )
-            for quantity, path, array in outcome.outputs
-        ],
-        mode=MODES[outcome.key.mode] if outcome.key.mode else None,
-        is_finite=bool(outcome.finite.all()),
+    result = pb.Result(
+        function=f"functions/{outcome.function}",
+        finite=bool(outcome.finite.all()),
         device=outcome.device,
-        bucket=outcome.key.bucket or 0,
+        bucket=outcome.bucket,
         timing=pb.Timing(
-            queue=_duration(outcome.queue_s),
-            compile=_duration(outcome.compile_s),
-            execute=_duration(outcome.execute_s),
+            queue_duration=_duration(outcome.queue_s),
+            compile_duration=_duration(outcome.compile_s),
+            execute_duration=_duration(outcome.execute_s),
         ),
     )
+    if outcome.mode is not None:
+        result.mode = MODE_OPTIONS[outcome.mode]
+    # In place: a message made beforehand would be copied, bytes and all.
+    for asked in quantities:
+        for quantity, path, array in outcome.outputs:
+            if quantity == asked:
+                output = result.outputs.add(quantity=QUANTITIES[quantity])
+                output.path.extend(trees.encode_path(path))
+                tensors.encode_into(output.tensor, array)
+    return result
 
 
 def _duration(seconds: float) -> Duration:
@@ -136,7 +141,7 @@ def encode_function(spec: FunctionSpec) -> pb.Function:
                 name=argument.name,
                 dtypes=[DTYPES[dtype] for dtype in argument.dtypes],
                 shape=_encode_shape(argument.shape),
-                is_differentiable=argument.is_differentiable,
+                differentiable=argument.is_differentiable,
             )
             for argument in spec.signature.arguments
         ],
@@ -144,13 +149,13 @@ def encode_function(spec: FunctionSpec) -> pb.Function:
             pb.ResultArray(path=trees.encode_path(path), shape=_encode_shape(shape))
             for path, shape in spec.results
         ],
-        modes=[MODES[mode] for mode in spec.modes],
+        modes=[MODE_OPTIONS[mode] for mode in spec.modes],
         missing_modes=[
-            pb.MissingMode(mode=MODES[mode], reason=reason)
+            pb.MissingMode(mode=MODE_OPTIONS[mode], reason=reason)
             for mode, reason in spec.missing_modes.items()
         ],
-        preferred_mode=MODES[spec.preferred_mode],
-        largest_batch=spec.largest_batch or 0,
+        preferred_mode=MODE_OPTIONS[spec.preferred_mode],
+        max_batch=spec.max_batch or 0,
     )
 
 
@@ -158,6 +163,6 @@ def _encode_shape(shape: Iterable[Dimension | None]) -> list[pb.Dimension]:
     return [
         pb.Dimension(size=dimension)
         if isinstance(dimension, int)
-        else pb.Dimension(symbol=dimension)
+        else pb.Dimension(symbol=dimension)  # None leaves the size unset.
         for dimension in shape
     ]

@@ -4,14 +4,12 @@ Every refusal that shapes, dtypes and names alone decide is made here, before an
 memory or device time is spent.
 """
 
-from collections.abc import Iterator
-
-import numpy as np
+from dataclasses import dataclass
 
 from jacserve.tensors import Array, dtype_named, format_shape
-from jacserve.vocabulary import Mode
 from jacserve_server.errors import ServiceError
-from jacserve_server.query import InputSpec, ProgramKey, Query, Work
+from jacserve_server.quantities import QUANTITIES, in_order
+from jacserve_server.query import Query
 from jacserve_server.signature import (
     INEXACT,
     Argument,
@@ -19,6 +17,24 @@ from jacserve_server.signature import (
     FunctionSpec,
     size_of,
 )
+from jacserve_server.work import Computation, InputSpec, Work
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """An argument, and the array that a query gives for it."""
+
+    argument: Argument
+    array: Array
+    field: str
+
+    @property
+    def has_batch(self) -> bool:
+        return self.array.ndim > len(self.argument.shape)
+
+    @property
+    def point_shape(self) -> tuple[int, ...]:
+        return self.array.shape[self.array.ndim - len(self.argument.shape) :]
 
 
 def plan(query: Query, function: FunctionSpec) -> Work:
@@ -29,169 +45,162 @@ def plan(query: Query, function: FunctionSpec) -> Work:
         function: The function.
 
     Returns:
-        The program to run and its inputs.
+        What to compute, and on what.
 
     Raises:
         ServiceError: The query does not fit.
     """
-    inputs = [
-        _check_dtype(argument, array, query.cast, function)
-        for argument, array in _matched(query, function)
+    given = [
+        _with_dtype(match, query.cast, function) for match in _matched(query, function)
     ]
-    arguments = function.signature.arguments
-    batch = _bind_shapes(function, inputs)
-    if (
-        batch is not None
-        and function.largest_batch is not None
-        and batch > function.largest_batch
-    ):
+    batch = _bind_shapes(given, function)
+    if batch is not None and function.max_batch and batch > function.max_batch:
         raise ServiceError(
             "BATCH_TOO_LARGE",
             f"the batch has {batch} points, but {function.resource} takes at most "
-            f"{function.largest_batch} at once. Split it.",
+            f"{function.max_batch} at once. Split it.",
+            field="inputs",
+            function=function.resource,
             batch=batch,
-            largest_batch=function.largest_batch,
+            max_batch=function.max_batch,
         )
-    has_derivative = query.quantities != ("value",)
-    key = ProgramKey(
+    specs = [QUANTITIES[quantity] for quantity in query.quantities]
+    has_derivative = any(spec.is_derivative for spec in specs)
+    mode = function.preferred_mode if query.mode == "auto" else query.mode
+    computation = Computation(
         function=function.qualified_name,
-        quantities=query.quantities,
-        wrt=_differentiated(query, function, inputs) if has_derivative else (),
-        mode=_check_mode(query.mode, function) if has_derivative else None,
-        layout=query.layout if has_derivative else "matrix",
+        quantities=in_order(query.quantities),
+        wrt=_differentiated(query, given, function) if has_derivative else (),
+        # Whether the mode exists depends on wrt and dtypes: tracing will show.
+        mode=mode if has_derivative else None,
+        layout=query.layout if any(spec.has_layout for spec in specs) else "matrix",
         inputs=tuple(
             InputSpec(
-                shape=array.shape[array.ndim - len(argument.shape) :],
-                dtype=array.dtype.name,
-                is_batched=array.ndim > len(argument.shape),
+                shape=match.point_shape,
+                dtype=match.array.dtype.name,
+                is_batched=match.has_batch,
             )
-            for argument, array in zip(arguments, inputs, strict=True)
+            for match in given
         ),
-        bucket=None if batch is None else bucket_for(batch),
     )
-    return Work(key=key, inputs=tuple(inputs), batch=batch)
+    return Work(computation, tuple(match.array for match in given), batch)
 
 
-def bucket_for(batch: int) -> int:
-    """Returns the rows of the program that serves a batch.
-
-    Powers of two: few programs serve every batch size, and no more than half of a
-    program's rows are padding.
-
-    Args:
-        batch: Rows asked for.
-
-    Returns:
-        The next power of two; 0 for none.
-    """
-    return 1 << (batch - 1).bit_length() if batch else 0
-
-
-def _matched(query: Query, function: FunctionSpec) -> Iterator[tuple[Argument, Array]]:
-    """Yields each argument with its array, in declared order."""
-    arguments = function.signature.arguments
-    declared = [argument.name for argument in arguments]
-    takes = f"{function.resource} takes {', '.join(declared)}"
-    given: dict[str, Array] = {}
+def _matched(query: Query, function: FunctionSpec) -> list[_Given]:
+    """Returns each argument with its array, in declared order."""
+    arguments = {a.name: a for a in function.signature.arguments}
+    declared = ", ".join(arguments)
+    takes = f"{function.resource} takes {declared}"
+    given: dict[str, _Given] = {}
     for place, (label, array) in enumerate(query.inputs):
-        if not label and place >= len(declared):
+        if not label and place >= len(arguments):
             raise ServiceError(
                 "ARGUMENT_MISMATCH",
                 f"{len(query.inputs)} inputs were given, but {takes}. "
-                f"Pass {len(declared)}.",
+                f"Pass {len(arguments)}.",
                 field="inputs",
+                function=function.resource,
                 given=len(query.inputs),
-                declared=len(declared),
+                declared=declared,
             )
-        argument = label or declared[place]
-        if argument not in declared:
+        name = label or list(arguments)[place]
+        problem = None
+        if name not in arguments:
+            problem = (
+                f"there is no argument {name}: {takes}. Use these names, or pass "
+                "the arrays in this order without names."
+            )
+        elif name in given:
+            problem = f"{name} was given twice, but {takes}. Pass each once."
+        if problem:
             raise ServiceError(
                 "ARGUMENT_MISMATCH",
-                f"there is no argument {argument}: {takes}. Use these names, or pass "
-                "the arrays in this order without names.",
+                problem,
                 field=f"inputs[{place}].name",
-                argument=argument,
-                declared=", ".join(declared),
+                function=function.resource,
+                argument=name,
+                declared=declared,
             )
-        if argument in given:
-            raise ServiceError(
-                "ARGUMENT_MISMATCH",
-                f"{argument} was given twice, but {takes}. Pass each once.",
-                field=f"inputs[{place}].name",
-                argument=argument,
-            )
-        given[argument] = array
-    missing = [argument for argument in declared if argument not in given]
+        given[name] = _Given(arguments[name], array, f"inputs[{place}].tensor")
+    missing = [name for name in arguments if name not in given]
     if missing:
         raise ServiceError(
             "ARGUMENT_MISMATCH",
             f"{', '.join(missing)} was not given, but {takes}. "
-            f"Pass all {len(declared)}.",
+            f"Pass {'all ' if len(arguments) > 1 else ''}{len(arguments)}.",
             field="inputs",
+            function=function.resource,
             missing=", ".join(missing),
-            declared=", ".join(declared),
+            declared=declared,
         )
-    return ((argument, given[argument.name]) for argument in arguments)
+    return [given[name] for name in arguments]
 
 
-def _check_dtype(
-    argument: Argument, array: Array, cast: bool, function: FunctionSpec
-) -> Array:
-    dtype = array.dtype.name
+_RANKS = ("bool", "int", "float", "complex")
+
+
+def _rank(dtype: str) -> int:
+    """Orders the kinds of dtypes by what they can hold."""
+    bare = dtype.removeprefix("u").removeprefix("b") if dtype != "bool" else dtype
+    return next(rank for rank, kind in enumerate(_RANKS) if bare.startswith(kind))
+
+
+def _with_dtype(match: _Given, cast: bool, function: FunctionSpec) -> _Given:
+    argument, dtype = match.argument, match.array.dtype.name
     if dtype in argument.dtypes:
-        return array
+        return match
     widest = argument.dtypes[0]
-    loses_imaginary = array.dtype.kind == "c" and not widest.startswith("complex")
-    if cast and not loses_imaginary:
-        return array.astype(dtype_named(widest))
+    is_castable = _rank(dtype) <= _rank(widest)
+    if cast and is_castable:
+        converted = match.array.astype(dtype_named(widest))
+        return _Given(argument, converted, match.field)
     raise ServiceError(
         "DTYPE_MISMATCH",
         f"{argument.name} is {dtype}, but {function.resource} takes "
         f"{', '.join(argument.dtypes)}. "
         + (
-            "Send its real part, if that is what you mean."
-            if loses_imaginary
-            else f"Convert it, or set cast to have it converted to {widest}."
+            f"Convert it, or set cast to have it converted to {widest}."
+            if is_castable
+            else "Convert it yourself, if you mean to lose what it can't hold."
         ),
-        field=f"inputs[{argument.name}].tensor.dtype",
+        field=f"{match.field}.dtype",
+        function=function.resource,
         argument=argument.name,
         dtype=dtype,
         accepted=", ".join(argument.dtypes),
     )
 
 
-def _bind_shapes(function: FunctionSpec, inputs: list[Array]) -> int | None:
+def _bind_shapes(given: list[_Given], function: FunctionSpec) -> int | None:
     """Checks the shapes against the signature; returns the batch's rows."""
     sizes: dict[str, tuple[int, str]] = {}
     batch: tuple[int, str] | None = None
-    arguments = function.signature.arguments
-    for argument, array in zip(arguments, inputs, strict=True):
-        extra = array.ndim - len(argument.shape)
-        if extra not in {0, 1}:
-            raise _shape_mismatch(argument, array.shape, function)
-        if extra:
-            rows = (array.shape[0], argument.name)
+    for match in given:
+        argument, shape = match.argument, match.array.shape
+        if len(shape) - len(argument.shape) not in {0, 1}:
+            raise _shape_mismatch(match, function)
+        if match.has_batch:
+            rows = (shape[0], argument.name)
             batch = batch or rows
             if rows[0] != batch[0]:
-                raise _conflict("the batch", batch, rows)
-        for dimension, size in zip(argument.shape, array.shape[extra:], strict=True):
+                raise _conflict("the batch", batch, rows, match.field)
+        for dimension, size in zip(argument.shape, match.point_shape, strict=True):
             if isinstance(dimension, int):
                 if size != dimension:
-                    raise _shape_mismatch(argument, array.shape, function)
+                    raise _shape_mismatch(match, function)
             elif dimension.isidentifier():
                 bound = sizes.setdefault(dimension, (size, argument.name))
                 if size != bound[0]:
-                    raise _conflict(dimension, bound, (size, argument.name))
-    _check_expressions(arguments, inputs, {s: size for s, (size, _) in sizes.items()})
+                    here = (size, argument.name)
+                    raise _conflict(dimension, bound, here, match.field)
+    _check_expressions(given, {symbol: size for symbol, (size, _) in sizes.items()})
     return batch[0] if batch else None
 
 
-def _check_expressions(
-    arguments: tuple[Argument, ...], inputs: list[Array], sizes: dict[str, int]
-) -> None:
-    for argument, array in zip(arguments, inputs, strict=True):
-        actual = array.shape[array.ndim - len(argument.shape) :]
-        for dimension, size in zip(argument.shape, actual, strict=True):
+def _check_expressions(given: list[_Given], sizes: dict[str, int]) -> None:
+    for match in given:
+        argument = match.argument
+        for dimension, size in zip(argument.shape, match.point_shape, strict=True):
             if isinstance(dimension, int) or dimension.isidentifier():
                 continue
             try:
@@ -200,44 +209,45 @@ def _check_expressions(
                 expected = str(error)
             if size != expected:
                 known = ", ".join(f"{s} = {n}" for s, n in sizes.items())
+                shape = format_shape(match.array.shape)
                 raise ServiceError(
                     "SHAPE_MISMATCH",
-                    f"{argument.name} has shape {format_shape(array.shape)}, but with "
-                    f"{known} its axis {dimension} is {expected}, not {size}. "
-                    "Pass arrays whose sizes agree.",
-                    field=f"inputs[{argument.name}].tensor.shape",
+                    f"{argument.name} has shape {shape}, but with {known} its axis "
+                    f"{dimension} is {expected}, not {size}. Pass arrays whose sizes "
+                    "agree.",
+                    field=f"{match.field}.shape",
                     argument=argument.name,
-                    shape=format_shape(array.shape),
+                    shape=shape,
                     expected=expected,
                 )
 
 
-def _shape_mismatch(
-    argument: Argument, shape: tuple[int, ...], function: FunctionSpec
-) -> ServiceError:
-    single = format_shape(argument.shape)
+def _shape_mismatch(match: _Given, function: FunctionSpec) -> ServiceError:
+    argument = match.argument
+    shape, single = format_shape(match.array.shape), format_shape(argument.shape)
     batched = format_shape(("b", *argument.shape))
     points: dict[int, str] = {0: "a scalar", 1: f"a vector of length {single[1:-1]}"}
     point = points.get(len(argument.shape), f"an array {single}")
     return ServiceError(
         "SHAPE_MISMATCH",
-        f"{argument.name} has shape {format_shape(shape)}, but {function.resource} "
-        f"takes {single}. Pass {point}, or {batched} for a batch.",
-        field=f"inputs[{argument.name}].tensor.shape",
+        f"{argument.name} has shape {shape}, but {function.resource} takes {single}. "
+        f"Pass {point}, or {batched} for a batch.",
+        field=f"{match.field}.shape",
+        function=function.resource,
         argument=argument.name,
-        shape=format_shape(shape),
+        shape=shape,
         expected=single,
     )
 
 
 def _conflict(
-    dimension: str, first: tuple[int, str], second: tuple[int, str]
+    dimension: str, first: tuple[int, str], second: tuple[int, str], field: str
 ) -> ServiceError:
     return ServiceError(
         "SHAPE_MISMATCH",
         f"{dimension} is {first[0]} in {first[1]}, but {second[0]} in {second[1]}. "
         "Pass arrays whose sizes agree.",
-        field=f"inputs[{second[1]}].tensor.shape",
+        field=f"{field}.shape",
         dimension=dimension,
         sizes=f"{first[0]}, {second[0]}",
         arguments=f"{first[1]}, {second[1]}",
@@ -245,41 +255,35 @@ def _conflict(
 
 
 def _differentiated(
-    query: Query, function: FunctionSpec, inputs: list[Array]
+    query: Query, given: list[_Given], function: FunctionSpec
 ) -> tuple[str, ...]:
     """Returns the arguments to differentiate with respect to."""
-    arguments = function.signature.arguments
-    dtypes = {
-        argument.name: array.dtype.name
-        for argument, array in zip(arguments, inputs, strict=True)
-    }
+    dtypes = {match.argument.name: match.array.dtype.name for match in given}
     differentiable = [name for name, dtype in dtypes.items() if dtype in INEXACT]
-    for argument in query.wrt:
+    for place, argument in enumerate(query.wrt):
+        problem = None
         if argument not in dtypes:
+            problem = (
+                f"wrt names {argument}, but {function.resource} takes "
+                f"{', '.join(dtypes)}. Use these names."
+            )
+        elif argument not in differentiable:
+            problem = (
+                f"wrt names {argument}, which is {dtypes[argument]}: only real and "
+                "complex arguments have derivatives. Leave it out of wrt."
+            )
+        elif argument in query.wrt[:place]:
+            problem = f"wrt names {argument} twice. Name each argument once."
+        if problem:
             raise ServiceError(
                 "ARGUMENT_MISMATCH",
-                f"wrt names {argument}, but {function.resource} takes "
-                f"{', '.join(dtypes)}. Use these names.",
-                field="wrt",
+                problem,
+                field=f"wrt[{place}]",
+                function=function.resource,
                 argument=argument,
+                dtype=dtypes.get(argument, ""),
                 declared=", ".join(dtypes),
             )
-        if argument not in differentiable:
-            raise ServiceError(
-                "DTYPE_MISMATCH",
-                f"wrt names {argument}, which is {dtypes[argument]}: only real and "
-                "complex arguments have derivatives. Leave it out of wrt.",
-                field="wrt",
-                argument=argument,
-                dtype=dtypes[argument],
-            )
-    if len(set(query.wrt)) < len(query.wrt):
-        raise ServiceError(
-            "ARGUMENT_MISMATCH",
-            f"wrt names an argument twice: {', '.join(query.wrt)}. Name each once.",
-            field="wrt",
-            wrt=", ".join(query.wrt),
-        )
     wrt = query.wrt or tuple(differentiable)
     if not wrt:
         raise ServiceError(
@@ -287,56 +291,6 @@ def _differentiated(
             f"{function.resource} has no real or complex argument to differentiate. "
             "Ask for value alone.",
             field="quantities",
+            function=function.resource,
         )
     return wrt
-
-
-def _check_mode(asked: Mode, function: FunctionSpec) -> Mode:
-    """Returns the mode to run; "auto" when the shapes are to decide."""
-    modes, missing = function.modes, function.missing_modes
-    mode = function.preferred_mode if asked == "auto" else asked
-    if not modes:
-        reasons = "; ".join(f"{gap}: {why}" for gap, why in missing.items())
-        raise ServiceError(
-            "MODE_UNSUPPORTED",
-            f"{function.resource} can't be differentiated ({reasons}). "
-            "Ask for value alone.",
-            field="mode",
-            mode=asked,
-            modes="",
-        )
-    if mode == "auto":
-        return modes[0] if len(modes) == 1 else "auto"
-    if mode not in modes:
-        raise ServiceError(
-            "MODE_UNSUPPORTED",
-            f"mode is {mode}, but {function.resource} has {', '.join(modes)} only "
-            f"({missing[mode]}). Use {modes[0]}, or auto.",
-            field="mode",
-            mode=mode,
-            modes=", ".join(modes),
-        )
-    return mode
-
-
-def padded(work: Work) -> tuple[Array, ...]:
-    """Returns the inputs with as many rows as the program has.
-
-    The last row is repeated: a real point can't make NaN, nor a loop that never
-    ends, out of nothing.
-
-    Args:
-        work: A piece of work.
-
-    Returns:
-        The inputs; the very same arrays where nothing is to be added.
-    """
-    bucket = work.key.bucket
-    if bucket is None or bucket == work.batch:
-        return work.inputs
-    return tuple(
-        np.concatenate([array, np.repeat(array[-1:], bucket - len(array), axis=0)])
-        if spec.is_batched
-        else array
-        for spec, array in zip(work.key.inputs, work.inputs, strict=True)
-    )

@@ -1,13 +1,9 @@
-"""Compiled programs: one for each `ProgramKey`, made once, kept while in use."""
+"""Compiled programs: traced, lowered and compiled ahead of time for one device."""
 
-import asyncio
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Generator, Hashable, Sequence
-from concurrent.futures import Executor as Pool
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Generic, TypeAlias, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,73 +13,30 @@ from jax.sharding import SingleDeviceSharding
 from jacserve import trees
 from jacserve.tensors import Array, dtype_named
 from jacserve.trees import Path
-from jacserve.vocabulary import Mode, Quantity
-from jacserve_server.catalog import RegisteredFunction, result_size, x64
+from jacserve.vocabulary import MODES, Mode, Quantity
+from jacserve_server.catalog import RegisteredFunction
 from jacserve_server.errors import ServiceError, describe_exception
-from jacserve_server.query import ProgramKey
-from jacserve_server.transforms import evaluate
-from jacserve_server.transforms.point import Point, is_inexact
+from jacserve_server.tracing import abstract_results, mode_problem, x64
+from jacserve_server.transforms import COMPUTE
+from jacserve_server.transforms.point import FunctionError, Point, is_inexact
+from jacserve_server.work import Computation, InputSpec, ProgramKey
 
-K = TypeVar("K", bound=Hashable)
-V = TypeVar("V")
 # Type checkers see a variable in what is a class.
 Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]
 
 
-class SingleFlight(Generic[K, V]):
-    """A bounded cache whose entries are made once, however many ask meanwhile.
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a program may take.
 
-    Used from one event loop; making runs in a pool. Whoever stops waiting leaves the
-    making to the others and to the next who asks. What fails is not kept.
+    Attributes:
+        result_bytes: The most that one result may take.
+        program_bytes: The most that arguments, results and intermediates of one
+            program may take on the device together.
     """
 
-    def __init__(self, pool: Pool, *, capacity: int) -> None:
-        """Starts empty.
-
-        Args:
-            pool: Where entries are made.
-            capacity: The most entries kept; the least recently used goes first.
-        """
-        self._pool = pool
-        self._capacity = capacity
-        self._entries: OrderedDict[K, asyncio.Future[V]] = OrderedDict()
-
-    def __len__(self) -> int:
-        """Returns the number of entries, unfinished ones included."""
-        return len(self._entries)
-
-    def is_ready(self, key: K) -> bool:
-        """Tells whether an entry is there and finished."""
-        return key in self._entries and self._entries[key].done()
-
-    async def get(self, key: K, make: Callable[[], V]) -> V:
-        """Returns an entry, made if need be.
-
-        Args:
-            key: Which entry.
-            make: Makes it; runs in the pool.
-
-        Returns:
-            The entry.
-
-        Raises:
-            Exception: Whatever `make` raises, to all who wait for it.
-        """
-        entry = self._entries.get(key)
-        if entry is None:
-            loop = asyncio.get_running_loop()
-            entry = asyncio.ensure_future(loop.run_in_executor(self._pool, make))
-            self._entries[key] = entry
-            entry.add_done_callback(lambda made: self._settle(key, made))
-        self._entries.move_to_end(key)
-        return await asyncio.shield(entry)
-
-    def _settle(self, key: K, entry: asyncio.Future[V]) -> None:
-        if entry.cancelled() or entry.exception() is not None:
-            del self._entries[key]
-        finished = (key for key, entry in self._entries.items() if entry.done())
-        for key in list(finished)[: max(0, len(self) - self._capacity)]:
-            del self._entries[key]
+    result_bytes: int
+    program_bytes: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,12 +44,14 @@ class Program:
     """A compiled program on one device.
 
     Attributes:
-        key: What it computes; the mode is never "auto".
+        key: What it computes; the mode is decided.
         outline: Quantity and path of each of its arrays.
+        row_bytes: Bytes of the result for each row, or of all of it for one point.
     """
 
     key: ProgramKey
     outline: tuple[tuple[Quantity, Path], ...]
+    row_bytes: int
     _executable: Any
 
     def run(self, inputs: Sequence[Array]) -> tuple[list[Array], Array]:
@@ -114,101 +69,178 @@ class Program:
             ServiceError: The device failed.
         """
         try:
-            with x64(self.key.inputs):
+            with x64(self.key.computation.inputs):
                 arrays, finite = jax.block_until_ready(self._executable(*inputs))
         except jax.errors.JaxRuntimeError as error:
             raise _execution_error(self.key, error) from error
         return [np.asarray(array) for array in arrays], np.asarray(finite)
 
 
-def choose_mode(function: RegisteredFunction, key: ProgramKey) -> Mode:
+def choose_mode(function: RegisteredFunction, computation: Computation) -> Mode:
     """Chooses the mode that costs fewer products: n of them forward, m in reverse.
 
     Args:
-        function: A function that has both modes.
-        key: The program wanted.
+        function: The function.
+        computation: What is wanted of it.
 
     Returns:
-        "forward" when n <= m, else "reverse".
+        "forward" when n <= m, else "reverse"; the other where that does not exist.
 
     Raises:
-        ServiceError: The function can't be traced for these shapes.
+        ServiceError: The function can't be traced for these shapes, or has no mode.
     """
-    names = [argument.name for argument in function.spec.signature.arguments]
-    n = sum(math.prod(key.inputs[names.index(name)].shape) for name in key.wrt)
-    with _traced(function):
-        m = result_size(function.call, key.inputs)
-    return "forward" if n <= m else "reverse"
+    wrt = _wrt(function, computation)
+    n = sum(math.prod(computation.inputs[place].shape) for place, _ in wrt)
+    try:
+        leaves = abstract_results(function.call, computation.inputs)
+    except FunctionError as error:
+        raise _trace_error(function, error) from error
+    m = sum(math.prod(leaf.array.shape) for leaf in leaves if is_inexact(leaf.array))
+    modes: list[Mode] = ["forward", "reverse"] if n <= m else ["reverse", "forward"]
+    for mode in modes:
+        if mode in function.spec.modes:
+            return mode
+    problems = {
+        mode: mode_problem(function.call, computation.inputs, wrt, mode)
+        for mode in modes
+    }
+    for mode in modes:
+        if problems[mode] is None:
+            return mode
+    raise ServiceError(
+        "MODE_UNSUPPORTED",
+        f"{function.spec.resource} can't be differentiated with respect to "
+        f"{', '.join(computation.wrt)}: "
+        + "; ".join(f"{mode}: {problem}" for mode, problem in problems.items())
+        + ". Choose wrt differently, or ask for value alone.",
+        field="mode",
+        function=function.spec.resource,
+        wrt=", ".join(computation.wrt),
+    )
 
 
 def compile_program(
-    function: RegisteredFunction,
-    key: ProgramKey,
-    device: Device,
-    *,
-    max_result_bytes: int,
+    function: RegisteredFunction, key: ProgramKey, device: Device, limits: Limits
 ) -> Program:
     """Traces, lowers and compiles a program.
 
     Args:
         function: The function that the key names.
-        key: What to compute; its mode is not "auto".
+        key: What to compute; its mode is decided.
         device: Where it is to run.
-        max_result_bytes: The most that it may return.
+        limits: What it may take.
 
     Returns:
         The program.
 
     Raises:
         ServiceError: The function can't be traced for these shapes, a quantity does
-            not exist for them, the result would be too large, or XLA fails.
+            not exist for them, the program would take too much, or XLA fails.
     """
-    at_point, outline = _at_point(function, key)
-    batched = at_point if key.bucket is None else _batched(at_point, key, function)
+    computation = key.computation
+    at_point, outline = _at_point(function, computation)
     sharding = SingleDeviceSharding(device)
-    structs = [
+    arguments = [
         jax.ShapeDtypeStruct(
-            (key.bucket, *spec.shape) if spec.is_batched else spec.shape,
+            (key.bucket, *spec.shape)
+            if key.bucket is not None and spec.is_batched
+            else spec.shape,
             dtype_named(spec.dtype),
             sharding=sharding,
         )
-        for spec in key.inputs
+        for spec in computation.inputs
     ]
-    with x64(key.inputs):
-        with _traced(function):
-            lowered = jax.jit(batched).lower(*structs)
-        _check_result_size(lowered, function, max_result_bytes)
+    with x64(computation.inputs):
+        try:
+            lowered = jax.jit(_batched(function, key, at_point)).lower(*arguments)
+        except ServiceError:
+            raise
+        # A function may raise anything, SystemExit included.
+        except BaseException as error:
+            raise _explained(function, key, error) from error
+        arrays, _ = lowered.out_info
+        row_bytes = sum(
+            math.prod(array.shape[key.bucket is not None :]) * array.dtype.itemsize
+            for array in arrays
+        )
+        # The smallest batch that this bucket serves.
+        check_result_size(
+            function.spec.resource,
+            row_bytes,
+            key.bucket // 2 + 1 if key.bucket else key.bucket,
+            limits,
+        )
         try:
             executable = lowered.compile()
         except Exception as error:
             raise ServiceError(
                 "COMPILATION_FAILED",
                 f"XLA could not compile {function.spec.resource}: "
-                f"{describe_exception(error)}",
-                function=function.spec.qualified_name,
+                f"{describe_exception(error)}. Try another mode or other shapes.",
+                function=function.spec.resource,
             ) from error
-    return Program(key, tuple(outline), executable)
+    _check_memory(function.spec.resource, key, executable, limits)
+    return Program(key, tuple(outline), row_bytes, executable)
+
+
+def check_result_size(
+    resource: str, row_bytes: int, batch: int | None, limits: Limits
+) -> None:
+    """Refuses a result that could not be sent.
+
+    Args:
+        resource: The function's name, for the message.
+        row_bytes: Bytes of one point's result.
+        batch: How many points; None for one.
+        limits: What may be sent.
+
+    Raises:
+        ServiceError: The result is larger.
+    """
+    points = 1 if batch is None else batch
+    if row_bytes * points > limits.result_bytes:
+        raise ServiceError(
+            "RESULT_TOO_LARGE",
+            f"the result of {resource} at {points} points would take "
+            f"{row_bytes * points} bytes, but this server sends at most "
+            f"{limits.result_bytes}. Ask for fewer points at once or fewer quantities, "
+            "or raise the server's max_message_bytes.",
+            function=resource,
+            result_bytes=row_bytes * points,
+            max_result_bytes=limits.result_bytes,
+        )
+
+
+def _wrt(
+    function: RegisteredFunction, computation: Computation
+) -> list[tuple[int, str]]:
+    names = [argument.name for argument in function.spec.signature.arguments]
+    return [(names.index(name), name) for name in computation.wrt]
 
 
 def _at_point(
-    function: RegisteredFunction, key: ProgramKey
+    function: RegisteredFunction, computation: Computation
 ) -> tuple[Callable[..., Any], list[tuple[Quantity, Path]]]:
     """Returns the function to compile, and the outline that tracing it fills."""
     outline: list[tuple[Quantity, Path]] = []
-    names = [argument.name for argument in function.spec.signature.arguments]
+    mode = computation.mode
+    if mode == "auto":
+        raise AssertionError("a program was asked for before its mode was decided")
 
     def at_point(*inputs: jax.Array) -> tuple[list[jax.Array], jax.Array]:
         point = Point(
             function.call,
             inputs,
             resource=function.spec.resource,
-            wrt=[(names.index(name), name) for name in key.wrt],
-            mode=key.mode,
+            wrt=_wrt(function, computation),
+            mode=mode,
         )
         leaves: list[tuple[Quantity, Path, jax.Array]] = [
             (quantity, path, array)
-            for quantity, tree in evaluate(point, key.quantities, key.layout).items()
-            for path, array in trees.flatten(tree)
+            for quantity in computation.quantities
+            for path, array in trees.flatten(
+                COMPUTE[quantity](point, computation.layout)
+            )
         ]
         outline[:] = [(quantity, path) for quantity, path, _ in leaves]
         arrays = [array for _, _, array in leaves]
@@ -219,71 +251,130 @@ def _at_point(
 
 
 def _batched(
-    at_point: Callable[..., Any], key: ProgramKey, function: RegisteredFunction
+    function: RegisteredFunction, key: ProgramKey, at_point: Callable[..., Any]
 ) -> Callable[..., Any]:
+    inputs = key.computation.inputs
+    if key.bucket is None:
+        return at_point
     if function.batchable:
-        axes = tuple(0 if spec.is_batched else None for spec in key.inputs)
+        axes = tuple(0 if spec.is_batched else None for spec in inputs)
         return jax.vmap(at_point, in_axes=axes)
 
-    def one_by_one(*inputs: jax.Array) -> Any:
+    def one_by_one(*arrays: jax.Array) -> Any:
         def at_row(rows: list[jax.Array]) -> Any:
             row = iter(rows)
-            pairs = zip(key.inputs, inputs, strict=True)
+            pairs = zip(inputs, arrays, strict=True)
             return at_point(*(next(row) if s.is_batched else x for s, x in pairs))
 
-        pairs = zip(key.inputs, inputs, strict=True)
+        pairs = zip(inputs, arrays, strict=True)
         return jax.lax.map(at_row, [x for s, x in pairs if s.is_batched])
 
     return one_by_one
 
 
-@contextmanager
-def _traced(function: RegisteredFunction) -> Generator[None]:
-    """Reports whatever the user's function raises while JAX traces it."""
+def _explained(
+    function: RegisteredFunction, key: ProgramKey, error: BaseException
+) -> ServiceError:
+    """Finds out what it was that could not be traced: f, its derivative or a batch."""
+    computation = key.computation
     try:
-        yield
-    except ServiceError:
-        raise
-    # A function may raise anything, SystemExit included.
-    except BaseException as error:
-        raise ServiceError(
-            "TRACE_FAILED",
-            f"{function.spec.resource} raised {describe_exception(error)}. "
-            "Pass inputs that it can take, or mend the function.",
-            function=function.spec.qualified_name,
-        ) from error
+        abstract_results(function.call, computation.inputs)
+    except FunctionError as failure:
+        return _trace_error(function, failure)
+    problem = None
+    if computation.mode in MODES:
+        problem = mode_problem(
+            function.call,
+            computation.inputs,
+            _wrt(function, computation),
+            computation.mode,
+        )
+    if problem:
+        others = [mode for mode in function.spec.modes if mode != computation.mode]
+        return ServiceError(
+            "MODE_UNSUPPORTED",
+            f"mode is {computation.mode}, but {function.spec.resource} can't be "
+            f"differentiated so: {problem}. "
+            + (f"Use {others[0]}, or auto." if others else "Ask for value alone."),
+            field="mode",
+            function=function.spec.resource,
+            mode=computation.mode,
+            modes=", ".join(function.spec.modes),
+        )
+    if key.bucket is None:
+        return _trace_error(function, error)
+    return ServiceError(
+        "TRACE_FAILED",
+        f"{function.spec.resource} works at one point, but not in a batch: "
+        f"{_text(error)}. Send single points, or register it with "
+        "batchable=False.",
+        function=function.spec.resource,
+    )
 
 
-def _check_result_size(
-    lowered: Any, function: RegisteredFunction, max_result_bytes: int
+def _trace_error(function: RegisteredFunction, error: BaseException) -> ServiceError:
+    return ServiceError(
+        "TRACE_FAILED",
+        f"{function.spec.resource} can't be traced for these inputs: {_text(error)}. "
+        "Pass inputs that it can take, or mend the function.",
+        function=function.spec.resource,
+        exception=_text(error),
+    )
+
+
+def _text(error: BaseException) -> str:
+    if isinstance(error, FunctionError):
+        return str(error).rstrip(".")
+    return describe_exception(error).rstrip(".")
+
+
+def _check_memory(
+    resource: str, key: ProgramKey, executable: Any, limits: Limits
 ) -> None:
-    arrays, _ = lowered.out_info
-    sizes = [math.prod(array.shape) * array.dtype.itemsize for array in arrays]
-    if sum(sizes) > max_result_bytes:
-        shapes = ", ".join(str(list(array.shape)) for array in arrays)
+    analysis = executable.memory_analysis()
+    if analysis is None:
+        return
+    needed = (
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        + analysis.temp_size_in_bytes
+    )
+    if needed > limits.program_bytes:
         raise ServiceError(
-            "RESULT_TOO_LARGE",
-            f"the result of {function.spec.resource} would take {sum(sizes)} bytes "
-            f"(shapes {shapes}), but this server sends at most {max_result_bytes}. "
-            "Ask for fewer points at once or fewer quantities, or raise the server's "
-            "max_message_bytes.",
-            result_bytes=sum(sizes),
-            max_result_bytes=max_result_bytes,
+            "DEVICE_OUT_OF_MEMORY",
+            f"{resource} at {key.bucket or 1} points would take {needed} bytes of the "
+            f"device's memory, but may take {limits.program_bytes}. Ask for fewer "
+            "points at once, or raise the server's max_program_bytes.",
+            function=resource,
+            program_bytes=needed,
+            max_program_bytes=limits.program_bytes,
         )
 
 
 def _execution_error(key: ProgramKey, error: Exception) -> ServiceError:
+    resource = f"functions/{key.computation.function}"
     text = describe_exception(error)
     if str(error).startswith("RESOURCE_EXHAUSTED"):
         return ServiceError(
             "DEVICE_OUT_OF_MEMORY",
-            f"functions/{key.function} does not fit into the device's memory at "
-            f"{key.bucket or 1} points: {text}. Ask for fewer points at once.",
-            function=key.function,
-            bucket=key.bucket or 1,
+            f"{resource} does not fit into the device's memory at {key.bucket or 1} "
+            f"points: {text}. Ask for fewer points at once.",
+            function=resource,
+            points=key.bucket or 1,
         )
     return ServiceError(
         "EXECUTION_FAILED",
-        f"functions/{key.function} failed while it ran: {text}",
-        function=key.function,
+        f"{resource} failed while it ran: {text}. Pass inputs that it can take, or "
+        "mend the function.",
+        function=resource,
+        exception=text,
     )
+
+
+def without_quantities(computation: Computation) -> Computation:
+    """Returns what the choice of a mode depends on, and nothing else."""
+    inputs = tuple(
+        InputSpec(spec.shape, spec.dtype, is_batched=False)
+        for spec in computation.inputs
+    )
+    return replace(computation, quantities=(), layout="matrix", inputs=inputs)

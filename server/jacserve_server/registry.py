@@ -5,13 +5,14 @@ registers functions also runs without a server, and at the speed of its own impo
 `catalog.py` checks and traces the declarations when a server is about to start.
 """
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
 
-from jacserve.vocabulary import MODES, Mode
+from jacserve.vocabulary import MODE_OPTIONS, ModeOption
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -40,7 +41,7 @@ class Declaration:
         name: The name to serve it under.
         version: The version to serve it under.
         mode: The mode that "auto" stands for.
-        largest_batch: The most rows of one query, or None.
+        max_batch: The most points of one query, or None.
         batchable: Whether a batch may be vmapped; otherwise its rows run one after
             another, each at its own cost.
         sizes: Sizes to trace its symbolic dimensions at, at registration.
@@ -49,8 +50,8 @@ class Declaration:
     function: Callable[..., Any]
     name: str
     version: int = 1
-    mode: Mode = "auto"
-    largest_batch: int | None = None
+    mode: ModeOption = "auto"
+    max_batch: int | None = None
     batchable: bool = True
     sizes: Mapping[str, int] = field(default_factory=dict[str, int])
 
@@ -62,8 +63,16 @@ class Declaration:
     @property
     def origin(self) -> str:
         """Where the function was written, "functions.py:12"."""
-        code = getattr(inspect.unwrap(self.function), "__code__", None)
+        code = getattr(underlying(self.function), "__code__", None)
         return f"{code.co_filename}:{code.co_firstlineno}" if code else "<unknown>"
+
+
+def underlying(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the Python function behind partials, wrappers and callable objects."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    return function if inspect.isroutine(function) else type(function).__call__
 
 
 class Registry:
@@ -98,8 +107,8 @@ class Registry:
         *,
         name: str | None = None,
         version: int = 1,
-        mode: Mode = "auto",
-        largest_batch: int | None = None,
+        mode: ModeOption = "auto",
+        max_batch: int | None = None,
         batchable: bool = True,
         sizes: Mapping[str, int] | None = None,
     ) -> Callable[[F], F]: ...
@@ -111,8 +120,8 @@ class Registry:
         *,
         name: str | None = None,
         version: int = 1,
-        mode: Mode = "auto",
-        largest_batch: int | None = None,
+        mode: ModeOption = "auto",
+        max_batch: int | None = None,
         batchable: bool = True,
         sizes: Mapping[str, int] | None = None,
     ) -> F | Callable[[F], F]:
@@ -126,7 +135,7 @@ class Registry:
             version: The version to serve it under. A bare name means the newest.
             mode: What "auto" stands for; by default the shapes of each query
                 decide.
-            largest_batch: The most points of one query.
+            max_batch: The most points of one query.
             batchable: False runs the rows of a batch one after another instead of
                 vmapping them: for functions whose loops or branches differ much
                 in cost between points.
@@ -148,7 +157,7 @@ class Registry:
                     name=name or getattr(function, "__name__", ""),
                     version=version,
                     mode=mode,
-                    largest_batch=largest_batch,
+                    max_batch=max_batch,
                     batchable=batchable,
                     sizes=dict(sizes or {}),
                 )
@@ -180,7 +189,7 @@ def duplicate_problem(earlier: Declaration) -> str:
 
 
 def _find_problem(declaration: Declaration) -> str | None:
-    version, largest = declaration.version, declaration.largest_batch
+    version, most = declaration.version, declaration.max_batch
     if not _NAME.fullmatch(declaration.name):
         return (
             f"{declaration.name!r} is not a valid name. Pass name= with letters, "
@@ -188,8 +197,8 @@ def _find_problem(declaration: Declaration) -> str | None:
         )
     if type(version) is not int or not 1 <= version < 2**31:
         return f"version is {version!r}. Pass a whole number from 1."
-    if declaration.mode not in MODES:
-        return f"mode is {declaration.mode!r}. Pass one of {', '.join(MODES)}."
-    if largest is not None and (type(largest) is not int or largest < 1):
-        return f"largest_batch is {largest!r}. Pass a whole number from 1, or None."
+    if declaration.mode not in MODE_OPTIONS:
+        return f"mode is {declaration.mode!r}. Pass one of {', '.join(MODE_OPTIONS)}."
+    if most is not None and (type(most) is not int or most < 1):
+        return f"max_batch is {most!r}. Pass a whole number from 1, or None."
     return None

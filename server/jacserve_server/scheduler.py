@@ -1,37 +1,87 @@
-"""Admits work, and knows how much of it there is.
+"""Admits queries, and gives them the device in turn.
 
-The scheduler knows neither JAX nor gRPC: it is given a coroutine that executes
-work. Awaiting is queueing; whoever is cancelled, by a client or by a deadline,
-leaves the queue before any device time is spent.
+The scheduler knows neither JAX nor gRPC: it is given an executor. Whoever is
+cancelled, by a client or by a deadline, leaves the queue before any device time is
+spent; a slot of the device is free again when its thread is, not before.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Generic, Protocol, TypeVar
 
+from jacserve_server.batches import bucket_for
 from jacserve_server.errors import ServiceError
-from jacserve_server.query import Outcome, Work
+from jacserve_server.work import Outcome, ProgramKey, Work
 
 _RETRY_AFTER_S = 0.1
 
+P = TypeVar("P")
 
-class Scheduler:
-    """Bounds the work in flight, and drains it. Used from one event loop."""
+
+class Executor(Protocol[P]):
+    """What the scheduler needs of an executor; P is its handle of a program."""
+
+    def ready(self, key: ProgramKey) -> P | None:
+        """Returns a program that can run now, else None."""
+        ...
+
+    async def prepare(self, key: ProgramKey) -> P:
+        """Returns a program, compiled if need be."""
+        ...
+
+    async def run(self, program: P, work: Work) -> Outcome:
+        """Runs a program on the inputs of a piece of work."""
+        ...
+
+
+class Scheduler(Generic[P]):
+    """Bounds what is in flight, queues it, and drains. Used from one event loop."""
 
     def __init__(
-        self, execute: Callable[[Work], Awaitable[Outcome]], *, max_queries: int
+        self, executor: Executor[P], *, slots: int, max_queries: int, max_bytes: int
     ) -> None:
         """Starts idle.
 
         Args:
-            execute: Executes one piece of work.
-            max_queries: The most in flight; more are refused at once.
+            executor: Runs the work.
+            slots: How many pieces of work the executor runs at once.
+            max_queries: The most queries in flight; more are refused at once.
+            max_bytes: The most bytes of requests in flight; one alone always fits.
         """
-        self._execute = execute
+        self._executor = executor
+        self._slots = asyncio.Semaphore(slots)
         self._max_queries = max_queries
-        self._in_flight = 0
+        self._max_bytes = max_bytes
+        self._queries = 0
+        self._bytes = 0
+        self._running: set[asyncio.Future[Outcome]] = set()
         self._is_draining = False
         self._idle = asyncio.Event()
         self._idle.set()
+
+    @contextmanager
+    def admitted(self, size_bytes: int) -> Generator[None]:
+        """Counts a query as in flight, from its arrival to its answer.
+
+        Args:
+            size_bytes: The size of its request.
+
+        Raises:
+            ServiceError: Too much is in flight, or the server is shutting down.
+        """
+        self._check_room(size_bytes)
+        self._queries += 1
+        self._bytes += size_bytes
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._queries -= 1
+            self._bytes -= size_bytes
+            self._check_idle()
 
     async def submit(self, work: Work) -> Outcome:
         """Executes work when its turn comes.
@@ -40,38 +90,61 @@ class Scheduler:
             work: What to run.
 
         Returns:
-            What came of it.
+            What came of it, with the seconds it waited.
 
         Raises:
-            ServiceError: The queue is full, the server is shutting down, or the
-                work failed.
+            ServiceError: The work can't be compiled or run.
         """
+        start = time.monotonic()
+        key = ProgramKey(work.computation, bucket_for(work.batch))
+        program, compile_s = self._executor.ready(key), 0.0
+        if program is None:
+            program = await self._executor.prepare(key)
+            compile_s = time.monotonic() - start
+        queued = time.monotonic()
+        await self._slots.acquire()
+        queue_s = time.monotonic() - queued
+        running = asyncio.ensure_future(self._executor.run(program, work))
+        self._running.add(running)
+        running.add_done_callback(self._free)
+        outcome = await asyncio.shield(running)
+        return replace(outcome, queue_s=queue_s, compile_s=compile_s)
+
+    async def drain(self) -> None:
+        """Refuses new work from now on, and waits until all that runs has finished."""
+        self._is_draining = True
+        await self._idle.wait()
+
+    def _free(self, running: "asyncio.Future[Outcome]") -> None:
+        self._slots.release()
+        self._running.discard(running)
+        if not running.cancelled():
+            running.exception()  # Its asker may be gone; the loop would complain.
+        self._check_idle()
+
+    def _check_idle(self) -> None:
+        if not self._queries and not self._running:
+            self._idle.set()
+
+    def _check_room(self, size_bytes: int) -> None:
         if self._is_draining:
             raise ServiceError(
                 "SHUTTING_DOWN",
                 "the server is shutting down. Try again, or another server.",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        if self._in_flight >= self._max_queries:
+        has_room = self._queries < self._max_queries and (
+            not self._queries or self._bytes + size_bytes <= self._max_bytes
+        )
+        if not has_room:
             raise ServiceError(
                 "QUEUE_FULL",
-                f"{self._in_flight} queries are in flight, and this server takes "
-                f"{self._max_queries}. Try again in {_RETRY_AFTER_S} s, or send "
-                "points in batches.",
+                f"{self._queries} queries of {self._bytes} bytes are in flight, and "
+                f"this server takes {self._max_queries} of {self._max_bytes}. Try "
+                f"again in {_RETRY_AFTER_S} s, or send points in batches.",
                 retry_after_s=_RETRY_AFTER_S,
-                in_flight=self._in_flight,
+                queries=self._queries,
                 max_queries=self._max_queries,
+                bytes=self._bytes,
+                max_bytes=self._max_bytes,
             )
-        self._in_flight += 1
-        self._idle.clear()
-        try:
-            return await self._execute(work)
-        finally:
-            self._in_flight -= 1
-            if not self._in_flight:
-                self._idle.set()
-
-    async def drain(self) -> None:
-        """Refuses new work from now on, and waits until what runs has finished."""
-        self._is_draining = True
-        await self._idle.wait()

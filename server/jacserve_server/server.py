@@ -4,24 +4,28 @@ import asyncio
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
-from jacserve_server.catalog import Catalog, build_catalog
+from jacserve_server.catalog import Catalog
 from jacserve_server.config import Config
-from jacserve_server.executor import Executor, find_device
+from jacserve_server.executor import Executor, find_device, memory_budget
+from jacserve_server.programs import Limits
+from jacserve_server.registration import build_catalog
 from jacserve_server.registry import Registry
 from jacserve_server.scheduler import Scheduler
 from jacserve_server.service import JacobianService
+
+T = TypeVar("T")
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["JacobianService"].full_name
 # What a message needs beside the arrays: names, shapes and timing.
@@ -46,16 +50,23 @@ class Server:
             DeviceError: The device is not there.
         """
         self._config = config
+        device = find_device(config.device)
         self._executor = Executor(
             catalog.find,
-            find_device(config.device),
+            device,
             threads=config.device_threads,
             compile_threads=config.compile_threads,
             max_programs=config.max_programs,
-            max_result_bytes=config.max_message_bytes,
+            limits=Limits(
+                result_bytes=config.max_message_bytes,
+                program_bytes=config.max_program_bytes or memory_budget(device),
+            ),
         )
         self._scheduler = Scheduler(
-            self._executor.execute, max_queries=config.max_queries
+            self._executor,
+            slots=config.device_threads,
+            max_queries=config.max_queries,
+            max_bytes=config.max_queued_bytes,
         )
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         message_bytes = config.max_message_bytes + _ENVELOPE_BYTES
@@ -98,28 +109,39 @@ class Server:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return f"{address}:{bound}"
 
-    async def stop(self) -> None:
-        """Drains: not ready, running calls finish within the grace, then closed."""
+    async def stop(self) -> bool:
+        """Drains: not ready, running calls finish within the grace, then closed.
+
+        Returns:
+            Whether all that ran has finished. What has not can't be stopped: its
+            threads end with it, or with the process.
+        """
+        deadline = time.monotonic() + self._config.grace_s
         await self._health.enter_graceful_shutdown()
         try:
             async with asyncio.timeout(self._config.grace_s):
                 await self._scheduler.drain()
+            is_drained = True
         except TimeoutError:
-            pass
-        # A drained call has its answer, but may not have sent it yet.
-        await self._server.stop(grace=1.0)
+            is_drained = False
+        # A drained call has its answer, but may not have sent all of it yet.
+        await self._server.stop(grace=max(deadline - time.monotonic(), 0.1))
         self._executor.close()
+        return is_drained
 
 
 async def serve_until_signal(
     catalog: Catalog, config: Config, on_start: Callable[[str], None]
-) -> None:
+) -> bool:
     """Serves until SIGTERM or SIGINT, then drains.
 
     Args:
         catalog: The functions.
         config: The settings.
         on_start: Called with the address once calls are answered.
+
+    Returns:
+        Whether all that ran has finished within the grace.
 
     Raises:
         AddressError: The address can't be listened on.
@@ -135,17 +157,20 @@ async def serve_until_signal(
     for number in (signal.SIGTERM, signal.SIGINT):
         # The second one ends the process at once.
         loop.remove_signal_handler(number)
-    await server.stop()
+    return await server.stop()
 
 
-def run(main: Coroutine[Any, Any, None]) -> None:
+def run(main: Coroutine[Any, Any, T]) -> T:
     """Runs a coroutine in a new event loop, uvloop's where that is installed.
 
     Args:
         main: The coroutine.
+
+    Returns:
+        What it returns.
     """
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(main)
+        return runner.run(main)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -180,46 +205,44 @@ def serving(*registries: Registry, **settings: Any) -> Generator[RunningServer]:
 
     Args:
         *registries: The functions to serve.
-        **settings: Settings of `Config`.
+        **settings: Settings of `Config`; those not given come from the environment
+            or are the defaults, but for host and port.
 
     Yields:
-        The running server; it drains and stops at the end of the block.
+        The running server. At the end of the block it drains, for at most grace_s.
 
     Raises:
         RegistrationError: Functions can't be served.
+        DeviceError: The device is not there.
+        AddressError: The address can't be listened on.
+        pydantic.ValidationError: A setting has no valid value.
     """
-    config = Config.load(**{"port": 0, "grace_s": 5.0, **settings})
+    config = Config.load(**{"host": "127.0.0.1", "port": 0, "grace_s": 5.0, **settings})
     catalog = build_catalog(registries)
-    started: Future[tuple[str, Callable[[], object]]] = Future()
+    started: Future[str] = Future()
+    stop: Future[None] = Future()
     thread = threading.Thread(
-        target=run, args=(_serve_until_told(catalog, config, started),), name="jacserve"
+        target=run,
+        args=(_serve_until_told(catalog, config, started, stop),),
+        name="jacserve",
     )
     thread.start()
     try:
-        target, stop = started.result()
-    except BaseException:
-        thread.join()
-        raise
-    try:
-        yield RunningServer(target)
+        yield RunningServer(started.result())
     finally:
-        stop()
+        stop.set_result(None)
         thread.join()
 
 
 async def _serve_until_told(
-    catalog: Catalog,
-    config: Config,
-    started: Future[tuple[str, Callable[[], object]]],
+    catalog: Catalog, config: Config, started: Future[str], stop: Future[None]
 ) -> None:
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
     try:
         server = Server(catalog, config)
         target = await server.start()
     except BaseException as error:
         started.set_exception(error)
         return
-    started.set_result((target, partial(loop.call_soon_threadsafe, stopping.set)))
-    await stopping.wait()
+    started.set_result(target)
+    await asyncio.wrap_future(stop)
     await server.stop()

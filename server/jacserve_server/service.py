@@ -17,12 +17,13 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
+from jacserve.vocabulary import Quantity
 from jacserve_server.catalog import Catalog
 from jacserve_server.errors import ServiceError
 from jacserve_server.messages import decode_query, encode_function, encode_outcome
 from jacserve_server.planning import plan
-from jacserve_server.query import Outcome
 from jacserve_server.scheduler import Scheduler
+from jacserve_server.work import Outcome
 
 _log = logging.getLogger(__name__)
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -34,7 +35,7 @@ M = TypeVar("M", bound=Message)
 class JacobianService(pb_grpc.JacobianServiceServicer):
     """Answers the calls of the contract."""
 
-    def __init__(self, catalog: Catalog, scheduler: Scheduler) -> None:
+    def __init__(self, catalog: Catalog, scheduler: Scheduler[Any]) -> None:
         """Keeps its collaborators.
 
         Args:
@@ -86,29 +87,32 @@ class JacobianService(pb_grpc.JacobianServiceServicer):
         return encode_function(self._catalog.find(request.name).spec)
 
     async def _evaluate(self, request: pb.Query) -> pb.Result:
-        query = decode_query(request)
-        function = self._catalog.find(query.function).spec
-        outcome = await self._scheduler.submit(plan(query, function))
-        if query.require_finite:
-            _check_finite(outcome)
-        return encode_outcome(outcome)
+        with self._scheduler.admitted(request.ByteSize()):
+            function = self._catalog.find(request.function).spec
+            query = decode_query(request)
+            outcome = await self._scheduler.submit(plan(query, function))
+            if query.require_finite:
+                _check_finite(outcome, query.quantities)
+            return encode_outcome(outcome, query.quantities)
 
 
-def _check_finite(outcome: Outcome) -> None:
-    finite = np.atleast_1d(outcome.finite)
+def _check_finite(outcome: Outcome, quantities: tuple[Quantity, ...]) -> None:
+    finite = outcome.finite
     if finite.all():
         return
-    first = int(np.argmin(finite))
-    count = int(np.count_nonzero(~finite))
+    where = ""
+    if finite.ndim:
+        count, first = np.count_nonzero(~finite), np.argmin(finite)
+        where = f" at {count} of {len(finite)} points, the first at row {first}"
     raise ServiceError(
         "RESULT_NOT_FINITE",
-        f"{', '.join(outcome.key.quantities)} of functions/{outcome.key.function} has "
-        f"NaN or Inf at {count} of {len(finite)} points, the first at row {first}. "
-        "Pass other points, or leave require_finite out to have it delivered.",
+        f"{', '.join(quantities)} of functions/{outcome.function} has NaN or Inf"
+        f"{where}. Pass other points, or leave require_finite out to have it "
+        "delivered.",
         field="require_finite",
-        non_finite=count,
-        points=len(finite),
-        first=first,
+        function=f"functions/{outcome.function}",
+        points=finite.size,
+        non_finite=np.count_nonzero(~finite),
     )
 
 
@@ -148,10 +152,16 @@ def _details(error: ServiceError) -> list[Message]:
         )
     ]
     if error.field:
-        violation = error_details_pb2.BadRequest.FieldViolation(
-            field=error.field, description=error.message
-        )
+        # Without a description: it would be the status's message once more.
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.reason == "FUNCTION_NOT_FOUND":
+        details.append(
+            error_details_pb2.ResourceInfo(
+                resource_type="jacserve.v1.Function",
+                resource_name=error.metadata["function"],
+            )
+        )
     if error.retry_after_s is not None:
         delay = Duration(nanos=int(error.retry_after_s * 1e9))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from jacserve.trees import Path
-from jacserve.vocabulary import Mode
+from jacserve.vocabulary import Mode, ModeOption
 
 Dimension = int | str
 
@@ -106,7 +106,7 @@ class FunctionSpec:
         modes: The modes in which it can be differentiated.
         missing_modes: Why it lacks each of the others.
         preferred_mode: What "auto" stands for; "auto" lets the shapes decide.
-        largest_batch: The most rows of one query, or None.
+        max_batch: The most points of one query, or None.
     """
 
     name: str
@@ -116,8 +116,8 @@ class FunctionSpec:
     results: tuple[tuple[Path, tuple[Dimension | None, ...]], ...]
     modes: tuple[Mode, ...]
     missing_modes: Mapping[Mode, str]
-    preferred_mode: Mode
-    largest_batch: int | None
+    preferred_mode: ModeOption
+    max_batch: int | None
 
     @property
     def qualified_name(self) -> str:
@@ -182,8 +182,8 @@ def _evaluate(node: ast.expr, sizes: Mapping[str, int]) -> int:
             return apply(_evaluate(left, sizes), _evaluate(right, sizes))
         case _:
             raise DimensionError(
-                f"dimension {ast.unparse(node)!r} is not a sum, product or quotient "
-                "of sizes and names"
+                f"dimension {ast.unparse(node)!r} is not a sum, difference, product or "
+                "whole quotient (//) of sizes and names"
             )
 
 

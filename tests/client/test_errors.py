@@ -80,7 +80,11 @@ def test_no_server_is_a_connection_error_that_says_what_to_do() -> None:
             "see https://docs.jax.dev/en/a.html",
             "ValueError: see https://docs.jax.dev/en/a.html",
         ),
-        ("y" * 5000, "ValueError: " + "y" * 1000 + " ..."),
+        ("y" * 5000, "ValueError: " + "y" * 347 + " ... " + "y" * 347),
+        (
+            'Traceback (most recent call last):\n  File "/a/b.py"\nOSError: at /a/b',
+            "OSError: at b",
+        ),
     ],
 )
 def test_an_exception_is_described_without_directories(

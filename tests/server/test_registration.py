@@ -8,7 +8,7 @@ from jaxtyping import Array, Complex, Float, Float32, Int, PyTree
 
 import jacserve
 from jacserve_server import RegistrationError, Registry, serving
-from jacserve_server.catalog import build_catalog
+from jacserve_server.registration import build_catalog
 
 
 def build(function, **options):
@@ -241,7 +241,7 @@ def test_a_duplicate_is_refused_within_and_across_registries() -> None:
         ({"version": 0}, "version is 0"),
         ({"version": "2"}, "version is '2'"),
         ({"mode": "sideways"}, "mode is 'sideways'"),
-        ({"largest_batch": 0}, "largest_batch is 0"),
+        ({"max_batch": 0}, "max_batch is 0"),
     ],
 )
 def test_a_bad_option_is_refused_where_it_stands(options, words: str) -> None:

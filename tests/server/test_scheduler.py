@@ -1,27 +1,52 @@
 """The scheduler by itself: bounds and draining, with a fake executor."""
 
 import asyncio
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import pytest
 
 from jacserve_server.errors import ServiceError
-from jacserve_server.query import Work
 from jacserve_server.scheduler import Scheduler
+from jacserve_server.work import Computation, Outcome, ProgramKey, Work
 
-WORK = cast("Work", object())
+WORK = Work(Computation("f@1", ("value",), (), None, "matrix", ()), (), None)
 
 
-def make(max_queries: int = 2) -> tuple[Scheduler, asyncio.Event, list[str]]:
-    gate, seen = asyncio.Event(), []
+class FakeExecutor:
+    """Compiles nothing, runs until its gate opens, and keeps a diary."""
 
-    async def execute(work: Work) -> Any:
-        seen.append("started")
-        await gate.wait()
-        seen.append("finished")
-        return work
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.diary: list[str] = []
 
-    return Scheduler(execute, max_queries=max_queries), gate, seen
+    def ready(self, key: ProgramKey) -> None:
+        del key
+
+    async def prepare(self, key: ProgramKey) -> str:
+        return key.computation.function
+
+    async def run(self, program: str, work: Work) -> Any:
+        self.diary.append("started")
+        await self.gate.wait()
+        self.diary.append("finished")
+        return Outcome("f@1", (), np.array(True), None, None, "fake:0", 0.5)
+
+
+def make(slots: int = 1, max_queries: int = 2, max_bytes: int = 100):
+    executor = FakeExecutor()
+    limits = {"slots": slots, "max_queries": max_queries, "max_bytes": max_bytes}
+    return Scheduler(executor, **limits), executor
+
+
+async def call(scheduler: Scheduler[str], size_bytes: int = 1) -> Outcome:
+    with scheduler.admitted(size_bytes):
+        return await scheduler.submit(WORK)
+
+
+async def settled() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
 
 
 def run(coroutine) -> None:
@@ -30,48 +55,107 @@ def run(coroutine) -> None:
 
 def test_more_than_the_bound_are_refused_at_once() -> None:
     async def scenario() -> None:
-        scheduler, gate, _ = make()
-        running = [asyncio.create_task(scheduler.submit(WORK)) for _ in range(2)]
-        await asyncio.sleep(0)
+        scheduler, executor = make(max_queries=2)
+        running = [asyncio.create_task(call(scheduler)) for _ in range(2)]
+        await settled()
         with pytest.raises(ServiceError) as caught:
-            await scheduler.submit(WORK)
+            await call(scheduler)
         assert caught.value.reason == "QUEUE_FULL"
         assert caught.value.retry_after_s
-        gate.set()
-        assert await asyncio.gather(*running) == [WORK, WORK]
-        assert await scheduler.submit(WORK) is WORK
+        executor.gate.set()
+        outcomes = await asyncio.gather(*running)
+        assert [outcome.execute_s for outcome in outcomes] == [0.5, 0.5]
+        assert (await call(scheduler)).device == "fake:0"
 
     run(scenario())
 
 
-def test_the_cancelled_and_the_failed_leave_the_queue() -> None:
+def test_more_bytes_than_the_bound_are_refused_unless_alone() -> None:
     async def scenario() -> None:
-        scheduler, gate, _ = make(max_queries=1)
-        task = asyncio.create_task(scheduler.submit(WORK))
-        await asyncio.sleep(0)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        gate.set()
-        assert await scheduler.submit(WORK) is WORK
+        scheduler, executor = make(max_bytes=100)
+        first = asyncio.create_task(call(scheduler, 500))
+        await settled()
+        with pytest.raises(ServiceError, match="of 500 bytes are in flight"):
+            await call(scheduler, 1)
+        executor.gate.set()
+        await first
+        await call(scheduler, 100)
+
+    run(scenario())
+
+
+def test_no_more_run_at_once_than_there_are_slots() -> None:
+    async def scenario() -> None:
+        scheduler, executor = make(slots=2, max_queries=9)
+        calls = [asyncio.create_task(call(scheduler)) for _ in range(5)]
+        await settled()
+        assert executor.diary == ["started"] * 2
+        executor.gate.set()
+        await asyncio.gather(*calls)
+        assert executor.diary.count("finished") == 5
+
+    run(scenario())
+
+
+def test_who_is_cancelled_in_the_queue_costs_no_device_time() -> None:
+    async def scenario() -> None:
+        scheduler, executor = make(slots=1, max_queries=9)
+        calls = [asyncio.create_task(call(scheduler)) for _ in range(4)]
+        await settled()
+        for queued in calls[1:3]:
+            queued.cancel()
+        await settled()
+        executor.gate.set()
+        await asyncio.gather(*calls, return_exceptions=True)
+        assert executor.diary == ["started", "finished"] * 2
+
+    run(scenario())
+
+
+def test_a_slot_is_free_when_its_run_is_over_not_when_its_asker_leaves() -> None:
+    async def scenario() -> None:
+        scheduler, executor = make(slots=1, max_queries=9)
+        first = asyncio.create_task(call(scheduler))
+        await settled()
+        first.cancel()
+        second = asyncio.create_task(call(scheduler))
+        await settled()
+        assert executor.diary == ["started"]
+        draining = asyncio.create_task(scheduler.drain())
+        executor.gate.set()
+        assert (await second).queue_s >= 0
+        await draining
+        assert executor.diary == ["started", "finished"] * 2
+
+    run(scenario())
+
+
+def test_a_failure_frees_its_slot() -> None:
+    async def scenario() -> None:
+        scheduler, executor = make(slots=1, max_queries=1)
+        executor.gate = None  # pyright: ignore[reportAttributeAccessIssue]
+        for _ in range(3):
+            with pytest.raises(AttributeError):
+                await call(scheduler)
 
     run(scenario())
 
 
 def test_draining_refuses_the_new_and_waits_for_the_running() -> None:
     async def scenario() -> None:
-        scheduler, gate, seen = make()
-        running = asyncio.create_task(scheduler.submit(WORK))
-        await asyncio.sleep(0)
+        scheduler, executor = make()
+        running = asyncio.create_task(call(scheduler))
+        await settled()
         draining = asyncio.create_task(scheduler.drain())
-        await asyncio.sleep(0)
+        await settled()
         with pytest.raises(ServiceError) as caught:
-            await scheduler.submit(WORK)
+            await call(scheduler)
         assert caught.value.reason == "SHUTTING_DOWN"
         assert not draining.done()
-        gate.set()
+        executor.gate.set()
         await draining
-        assert seen == ["started", "finished"]
-        assert await running is WORK
+        assert executor.diary == ["started", "finished"]
+        assert (await running).execute_s == 0.5
 
     run(scenario())
 

@@ -25,53 +25,53 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ajacserve/v1/jacobian.proto\x12\x0bjacserve.v1\x1a\x1egoogle/protobuf/duration.proto\"\x99\x02\n\x08\x46unction\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rdocumentation\x18\x02 \x01(\t\x12(\n\targuments\x18\x03 \x03(\x0b\x32\x15.jacserve.v1.Argument\x12)\n\x07results\x18\x04 \x03(\x0b\x32\x18.jacserve.v1.ResultArray\x12 \n\x05modes\x18\x05 \x03(\x0e\x32\x11.jacserve.v1.Mode\x12/\n\rmissing_modes\x18\x06 \x03(\x0b\x32\x18.jacserve.v1.MissingMode\x12)\n\x0epreferred_mode\x18\x07 \x01(\x0e\x32\x11.jacserve.v1.Mode\x12\x15\n\rlargest_batch\x18\x08 \x01(\x03\"~\n\x08\x41rgument\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\"\n\x06\x64types\x18\x02 \x03(\x0e\x32\x12.jacserve.v1.DType\x12%\n\x05shape\x18\x03 \x03(\x0b\x32\x16.jacserve.v1.Dimension\x12\x19\n\x11is_differentiable\x18\x04 \x01(\x08\"Y\n\x0bResultArray\x12#\n\x04path\x18\x01 \x03(\x0b\x32\x15.jacserve.v1.PathStep\x12%\n\x05shape\x18\x02 \x03(\x0b\x32\x16.jacserve.v1.Dimension\"5\n\tDimension\x12\x0e\n\x04size\x18\x01 \x01(\x03H\x00\x12\x10\n\x06symbol\x18\x02 \x01(\tH\x00\x42\x06\n\x04kind\"2\n\x08PathStep\x12\r\n\x03key\x18\x01 \x01(\tH\x00\x12\x0f\n\x05index\x18\x02 \x01(\rH\x00\x42\x06\n\x04step\">\n\x0bMissingMode\x12\x1f\n\x04mode\x18\x01 \x01(\x0e\x32\x11.jacserve.v1.Mode\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xe1\x01\n\x05Query\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\"\n\x06inputs\x18\x02 \x03(\x0b\x32\x12.jacserve.v1.Input\x12)\n\nquantities\x18\x03 \x03(\x0e\x32\x15.jacserve.v1.Quantity\x12\x0b\n\x03wrt\x18\x04 \x03(\t\x12\x1f\n\x04mode\x18\x05 \x01(\x0e\x32\x11.jacserve.v1.Mode\x12#\n\x06layout\x18\x06 \x01(\x0e\x32\x13.jacserve.v1.Layout\x12\x0c\n\x04\x63\x61st\x18\x07 \x01(\x08\x12\x16\n\x0erequire_finite\x18\x08 \x01(\x08\":\n\x05Input\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x06tensor\x18\x02 \x01(\x0b\x32\x13.jacserve.v1.Tensor\"\xb9\x01\n\x06Result\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12$\n\x07outputs\x18\x02 \x03(\x0b\x32\x13.jacserve.v1.Output\x12\x1f\n\x04mode\x18\x03 \x01(\x0e\x32\x11.jacserve.v1.Mode\x12\x11\n\tis_finite\x18\x04 \x01(\x08\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x0e\n\x06\x62ucket\x18\x06 \x01(\x03\x12#\n\x06timing\x18\x07 \x01(\x0b\x32\x13.jacserve.v1.Timing\"{\n\x06Output\x12\'\n\x08quantity\x18\x01 \x01(\x0e\x32\x15.jacserve.v1.Quantity\x12#\n\x04path\x18\x02 \x03(\x0b\x32\x15.jacserve.v1.PathStep\x12#\n\x06tensor\x18\x03 \x01(\x0b\x32\x13.jacserve.v1.Tensor\"\x8a\x01\n\x06Timing\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x63ompile\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x65xecute\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"H\n\x06Tensor\x12!\n\x05\x64type\x18\x01 \x01(\x0e\x32\x12.jacserve.v1.DType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"=\n\x14ListFunctionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Z\n\x15ListFunctionsResponse\x12(\n\tfunctions\x18\x01 \x03(\x0b\x32\x15.jacserve.v1.Function\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\"\n\x12GetFunctionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t*\xb4\x01\n\x08Quantity\x12\x18\n\x14QUANTITY_UNSPECIFIED\x10\x00\x12\x12\n\x0eQUANTITY_VALUE\x10\x01\x12\x15\n\x11QUANTITY_JACOBIAN\x10\x02\x12\x15\n\x11QUANTITY_GRADIENT\x10\x03\x12\x18\n\x14QUANTITY_DETERMINANT\x10\x04\x12\x1c\n\x18QUANTITY_ABS_DETERMINANT\x10\x05\x12\x14\n\x10QUANTITY_SLOGDET\x10\x06*O\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_AUTO\x10\x01\x12\x10\n\x0cMODE_FORWARD\x10\x02\x12\x10\n\x0cMODE_REVERSE\x10\x03*F\n\x06Layout\x12\x16\n\x12LAYOUT_UNSPECIFIED\x10\x00\x12\x11\n\rLAYOUT_MATRIX\x10\x01\x12\x11\n\rLAYOUT_BLOCKS\x10\x02*\xb0\x02\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0e\n\nDTYPE_BOOL\x10\x01\x12\x0e\n\nDTYPE_INT8\x10\x02\x12\x0f\n\x0b\x44TYPE_INT16\x10\x03\x12\x0f\n\x0b\x44TYPE_INT32\x10\x04\x12\x0f\n\x0b\x44TYPE_INT64\x10\x05\x12\x0f\n\x0b\x44TYPE_UINT8\x10\x06\x12\x10\n\x0c\x44TYPE_UINT16\x10\x07\x12\x10\n\x0c\x44TYPE_UINT32\x10\x08\x12\x10\n\x0c\x44TYPE_UINT64\x10\t\x12\x11\n\rDTYPE_FLOAT16\x10\n\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x0b\x12\x11\n\rDTYPE_FLOAT32\x10\x0c\x12\x11\n\rDTYPE_FLOAT64\x10\r\x12\x13\n\x0f\x44TYPE_COMPLEX64\x10\x0e\x12\x14\n\x10\x44TYPE_COMPLEX128\x10\x0f*\xae\x03\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x12\n\x0eSHAPE_MISMATCH\x10\x01\x12\x12\n\x0e\x44TYPE_MISMATCH\x10\x02\x12\x14\n\x10MALFORMED_TENSOR\x10\x03\x12\x15\n\x11\x41RGUMENT_MISMATCH\x10\x04\x12\x15\n\x11MALFORMED_REQUEST\x10\x05\x12\x14\n\x10MODE_UNSUPPORTED\x10\x06\x12\x18\n\x14QUANTITY_UNSUPPORTED\x10\x07\x12\x10\n\x0cTRACE_FAILED\x10\x08\x12\x16\n\x12\x46UNCTION_NOT_FOUND\x10\t\x12\x15\n\x11RESULT_NOT_FINITE\x10\n\x12\x14\n\x10RESULT_TOO_LARGE\x10\x0b\x12\x13\n\x0f\x42\x41TCH_TOO_LARGE\x10\x0c\x12\x0e\n\nQUEUE_FULL\x10\r\x12\x18\n\x14\x44\x45VICE_OUT_OF_MEMORY\x10\x0e\x12\x11\n\rSHUTTING_DOWN\x10\x0f\x12\x16\n\x12\x43OMPILATION_FAILED\x10\x10\x12\x14\n\x10\x45XECUTION_FAILED\x10\x11\x12\x0e\n\nUNEXPECTED\x10\x12\x32\xe5\x01\n\x0fJacobianService\x12V\n\rListFunctions\x12!.jacserve.v1.ListFunctionsRequest\x1a\".jacserve.v1.ListFunctionsResponse\x12\x45\n\x0bGetFunction\x12\x1f.jacserve.v1.GetFunctionRequest\x1a\x15.jacserve.v1.Function\x12\x33\n\x08\x45valuate\x12\x12.jacserve.v1.Query\x1a\x13.jacserve.v1.Resultb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ajacserve/v1/jacobian.proto\x12\x0bjacserve.v1\x1a\x1egoogle/protobuf/duration.proto\"\x95\x02\n\x08\x46unction\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rdocumentation\x18\x02 \x01(\t\x12(\n\targuments\x18\x03 \x03(\x0b\x32\x15.jacserve.v1.Argument\x12)\n\x07results\x18\x04 \x03(\x0b\x32\x18.jacserve.v1.ResultArray\x12 \n\x05modes\x18\x05 \x03(\x0e\x32\x11.jacserve.v1.Mode\x12/\n\rmissing_modes\x18\x06 \x03(\x0b\x32\x18.jacserve.v1.MissingMode\x12)\n\x0epreferred_mode\x18\x07 \x01(\x0e\x32\x11.jacserve.v1.Mode\x12\x11\n\tmax_batch\x18\x08 \x01(\x03\"{\n\x08\x41rgument\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\"\n\x06\x64types\x18\x02 \x03(\x0e\x32\x12.jacserve.v1.DType\x12%\n\x05shape\x18\x03 \x03(\x0b\x32\x16.jacserve.v1.Dimension\x12\x16\n\x0e\x64ifferentiable\x18\x04 \x01(\x08\"Y\n\x0bResultArray\x12#\n\x04path\x18\x01 \x03(\x0b\x32\x15.jacserve.v1.PathStep\x12%\n\x05shape\x18\x02 \x03(\x0b\x32\x16.jacserve.v1.Dimension\"5\n\tDimension\x12\x0e\n\x04size\x18\x01 \x01(\x03H\x00\x12\x10\n\x06symbol\x18\x02 \x01(\tH\x00\x42\x06\n\x04kind\"2\n\x08PathStep\x12\r\n\x03key\x18\x01 \x01(\tH\x00\x12\x0f\n\x05index\x18\x02 \x01(\rH\x00\x42\x06\n\x04step\">\n\x0bMissingMode\x12\x1f\n\x04mode\x18\x01 \x01(\x0e\x32\x11.jacserve.v1.Mode\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xe1\x01\n\x05Query\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\"\n\x06inputs\x18\x02 \x03(\x0b\x32\x12.jacserve.v1.Input\x12)\n\nquantities\x18\x03 \x03(\x0e\x32\x15.jacserve.v1.Quantity\x12\x0b\n\x03wrt\x18\x04 \x03(\t\x12\x1f\n\x04mode\x18\x05 \x01(\x0e\x32\x11.jacserve.v1.Mode\x12#\n\x06layout\x18\x06 \x01(\x0e\x32\x13.jacserve.v1.Layout\x12\x0c\n\x04\x63\x61st\x18\x07 \x01(\x08\x12\x16\n\x0erequire_finite\x18\x08 \x01(\x08\":\n\x05Input\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x06tensor\x18\x02 \x01(\x0b\x32\x13.jacserve.v1.Tensor\"\xc6\x01\n\x06Result\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12$\n\x07outputs\x18\x02 \x03(\x0b\x32\x13.jacserve.v1.Output\x12\x1f\n\x04mode\x18\x03 \x01(\x0e\x32\x11.jacserve.v1.Mode\x12\x0e\n\x06\x66inite\x18\x04 \x01(\x08\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x13\n\x06\x62ucket\x18\x06 \x01(\x03H\x00\x88\x01\x01\x12#\n\x06timing\x18\x07 \x01(\x0b\x32\x13.jacserve.v1.TimingB\t\n\x07_bucket\"{\n\x06Output\x12\'\n\x08quantity\x18\x01 \x01(\x0e\x32\x15.jacserve.v1.Quantity\x12#\n\x04path\x18\x02 \x03(\x0b\x32\x15.jacserve.v1.PathStep\x12#\n\x06tensor\x18\x03 \x01(\x0b\x32\x13.jacserve.v1.Tensor\"\xa5\x01\n\x06Timing\x12\x31\n\x0equeue_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10\x63ompile_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10\x65xecute_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"H\n\x06Tensor\x12!\n\x05\x64type\x18\x01 \x01(\x0e\x32\x12.jacserve.v1.DType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"=\n\x14ListFunctionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Z\n\x15ListFunctionsResponse\x12(\n\tfunctions\x18\x01 \x03(\x0b\x32\x15.jacserve.v1.Function\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\"\n\x12GetFunctionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t*\xb4\x01\n\x08Quantity\x12\x18\n\x14QUANTITY_UNSPECIFIED\x10\x00\x12\x12\n\x0eQUANTITY_VALUE\x10\x01\x12\x15\n\x11QUANTITY_JACOBIAN\x10\x02\x12\x15\n\x11QUANTITY_GRADIENT\x10\x03\x12\x18\n\x14QUANTITY_DETERMINANT\x10\x04\x12\x1c\n\x18QUANTITY_ABS_DETERMINANT\x10\x05\x12\x14\n\x10QUANTITY_SLOGDET\x10\x06*O\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_AUTO\x10\x01\x12\x10\n\x0cMODE_FORWARD\x10\x02\x12\x10\n\x0cMODE_REVERSE\x10\x03*F\n\x06Layout\x12\x16\n\x12LAYOUT_UNSPECIFIED\x10\x00\x12\x11\n\rLAYOUT_MATRIX\x10\x01\x12\x11\n\rLAYOUT_BLOCKS\x10\x02*\xb0\x02\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0e\n\nDTYPE_BOOL\x10\x01\x12\x0e\n\nDTYPE_INT8\x10\x02\x12\x0f\n\x0b\x44TYPE_INT16\x10\x03\x12\x0f\n\x0b\x44TYPE_INT32\x10\x04\x12\x0f\n\x0b\x44TYPE_INT64\x10\x05\x12\x0f\n\x0b\x44TYPE_UINT8\x10\x06\x12\x10\n\x0c\x44TYPE_UINT16\x10\x07\x12\x10\n\x0c\x44TYPE_UINT32\x10\x08\x12\x10\n\x0c\x44TYPE_UINT64\x10\t\x12\x11\n\rDTYPE_FLOAT16\x10\n\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x0b\x12\x11\n\rDTYPE_FLOAT32\x10\x0c\x12\x11\n\rDTYPE_FLOAT64\x10\r\x12\x13\n\x0f\x44TYPE_COMPLEX64\x10\x0e\x12\x14\n\x10\x44TYPE_COMPLEX128\x10\x0f*\xae\x03\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x12\n\x0eSHAPE_MISMATCH\x10\x01\x12\x12\n\x0e\x44TYPE_MISMATCH\x10\x02\x12\x14\n\x10MALFORMED_TENSOR\x10\x03\x12\x15\n\x11\x41RGUMENT_MISMATCH\x10\x04\x12\x15\n\x11MALFORMED_REQUEST\x10\x05\x12\x14\n\x10MODE_UNSUPPORTED\x10\x06\x12\x18\n\x14QUANTITY_UNSUPPORTED\x10\x07\x12\x10\n\x0cTRACE_FAILED\x10\x08\x12\x16\n\x12\x46UNCTION_NOT_FOUND\x10\t\x12\x15\n\x11RESULT_NOT_FINITE\x10\n\x12\x14\n\x10RESULT_TOO_LARGE\x10\x0b\x12\x13\n\x0f\x42\x41TCH_TOO_LARGE\x10\x0c\x12\x0e\n\nQUEUE_FULL\x10\r\x12\x18\n\x14\x44\x45VICE_OUT_OF_MEMORY\x10\x0e\x12\x11\n\rSHUTTING_DOWN\x10\x0f\x12\x16\n\x12\x43OMPILATION_FAILED\x10\x10\x12\x14\n\x10\x45XECUTION_FAILED\x10\x11\x12\x0e\n\nUNEXPECTED\x10\x12\x32\xe5\x01\n\x0fJacobianService\x12V\n\rListFunctions\x12!.jacserve.v1.ListFunctionsRequest\x1a\".jacserve.v1.ListFunctionsResponse\x12\x45\n\x0bGetFunction\x12\x1f.jacserve.v1.GetFunctionRequest\x1a\x15.jacserve.v1.Function\x12\x33\n\x08\x45valuate\x12\x12.jacserve.v1.Query\x1a\x13.jacserve.v1.Resultb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'jacserve.v1.jacobian_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_QUANTITY']._serialized_start=1757
-  _globals['_QUANTITY']._serialized_end=1937
-  _globals['_MODE']._serialized_start=1939
-  _globals['_MODE']._serialized_end=2018
-  _globals['_LAYOUT']._serialized_start=2020
-  _globals['_LAYOUT']._serialized_end=2090
-  _globals['_DTYPE']._serialized_start=2093
-  _globals['_DTYPE']._serialized_end=2397
-  _globals['_ERRORREASON']._serialized_start=2400
-  _globals['_ERRORREASON']._serialized_end=2830
+  _globals['_QUANTITY']._serialized_start=1790
+  _globals['_QUANTITY']._serialized_end=1970
+  _globals['_MODE']._serialized_start=1972
+  _globals['_MODE']._serialized_end=2051
+  _globals['_LAYOUT']._serialized_start=2053
+  _globals['_LAYOUT']._serialized_end=2123
+  _globals['_DTYPE']._serialized_start=2126
+  _globals['_DTYPE']._serialized_end=2430
+  _globals['_ERRORREASON']._serialized_start=2433
+  _globals['_ERRORREASON']._serialized_end=2863
   _globals['_FUNCTION']._serialized_start=76
-  _globals['_FUNCTION']._serialized_end=357
-  _globals['_ARGUMENT']._serialized_start=359
-  _globals['_ARGUMENT']._serialized_end=485
-  _globals['_RESULTARRAY']._serialized_start=487
-  _globals['_RESULTARRAY']._serialized_end=576
-  _globals['_DIMENSION']._serialized_start=578
-  _globals['_DIMENSION']._serialized_end=631
-  _globals['_PATHSTEP']._serialized_start=633
-  _globals['_PATHSTEP']._serialized_end=683
-  _globals['_MISSINGMODE']._serialized_start=685
-  _globals['_MISSINGMODE']._serialized_end=747
-  _globals['_QUERY']._serialized_start=750
-  _globals['_QUERY']._serialized_end=975
-  _globals['_INPUT']._serialized_start=977
-  _globals['_INPUT']._serialized_end=1035
-  _globals['_RESULT']._serialized_start=1038
-  _globals['_RESULT']._serialized_end=1223
-  _globals['_OUTPUT']._serialized_start=1225
-  _globals['_OUTPUT']._serialized_end=1348
-  _globals['_TIMING']._serialized_start=1351
-  _globals['_TIMING']._serialized_end=1489
-  _globals['_TENSOR']._serialized_start=1491
-  _globals['_TENSOR']._serialized_end=1563
-  _globals['_LISTFUNCTIONSREQUEST']._serialized_start=1565
-  _globals['_LISTFUNCTIONSREQUEST']._serialized_end=1626
-  _globals['_LISTFUNCTIONSRESPONSE']._serialized_start=1628
-  _globals['_LISTFUNCTIONSRESPONSE']._serialized_end=1718
-  _globals['_GETFUNCTIONREQUEST']._serialized_start=1720
-  _globals['_GETFUNCTIONREQUEST']._serialized_end=1754
-  _globals['_JACOBIANSERVICE']._serialized_start=2833
-  _globals['_JACOBIANSERVICE']._serialized_end=3062
+  _globals['_FUNCTION']._serialized_end=353
+  _globals['_ARGUMENT']._serialized_start=355
+  _globals['_ARGUMENT']._serialized_end=478
+  _globals['_RESULTARRAY']._serialized_start=480
+  _globals['_RESULTARRAY']._serialized_end=569
+  _globals['_DIMENSION']._serialized_start=571
+  _globals['_DIMENSION']._serialized_end=624
+  _globals['_PATHSTEP']._serialized_start=626
+  _globals['_PATHSTEP']._serialized_end=676
+  _globals['_MISSINGMODE']._serialized_start=678
+  _globals['_MISSINGMODE']._serialized_end=740
+  _globals['_QUERY']._serialized_start=743
+  _globals['_QUERY']._serialized_end=968
+  _globals['_INPUT']._serialized_start=970
+  _globals['_INPUT']._serialized_end=1028
+  _globals['_RESULT']._serialized_start=1031
+  _globals['_RESULT']._serialized_end=1229
+  _globals['_OUTPUT']._serialized_start=1231
+  _globals['_OUTPUT']._serialized_end=1354
+  _globals['_TIMING']._serialized_start=1357
+  _globals['_TIMING']._serialized_end=1522
+  _globals['_TENSOR']._serialized_start=1524
+  _globals['_TENSOR']._serialized_end=1596
+  _globals['_LISTFUNCTIONSREQUEST']._serialized_start=1598
+  _globals['_LISTFUNCTIONSREQUEST']._serialized_end=1659
+  _globals['_LISTFUNCTIONSRESPONSE']._serialized_start=1661
+  _globals['_LISTFUNCTIONSRESPONSE']._serialized_end=1751
+  _globals['_GETFUNCTIONREQUEST']._serialized_start=1753
+  _globals['_GETFUNCTIONREQUEST']._serialized_end=1787
+  _globals['_JACOBIANSERVICE']._serialized_start=2866
+  _globals['_JACOBIANSERVICE']._serialized_end=3095
 # @@protoc_insertion_point(module_scope)

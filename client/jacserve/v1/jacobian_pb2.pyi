@@ -124,7 +124,7 @@ EXECUTION_FAILED: ErrorReason
 UNEXPECTED: ErrorReason
 
 class Function(_message.Message):
-    __slots__ = ("name", "documentation", "arguments", "results", "modes", "missing_modes", "preferred_mode", "largest_batch")
+    __slots__ = ("name", "documentation", "arguments", "results", "modes", "missing_modes", "preferred_mode", "max_batch")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DOCUMENTATION_FIELD_NUMBER: _ClassVar[int]
     ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
@@ -132,7 +132,7 @@ class Function(_message.Message):
     MODES_FIELD_NUMBER: _ClassVar[int]
     MISSING_MODES_FIELD_NUMBER: _ClassVar[int]
     PREFERRED_MODE_FIELD_NUMBER: _ClassVar[int]
-    LARGEST_BATCH_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
     name: str
     documentation: str
     arguments: _containers.RepeatedCompositeFieldContainer[Argument]
@@ -140,20 +140,20 @@ class Function(_message.Message):
     modes: _containers.RepeatedScalarFieldContainer[Mode]
     missing_modes: _containers.RepeatedCompositeFieldContainer[MissingMode]
     preferred_mode: Mode
-    largest_batch: int
-    def __init__(self, name: _Optional[str] = ..., documentation: _Optional[str] = ..., arguments: _Optional[_Iterable[_Union[Argument, _Mapping]]] = ..., results: _Optional[_Iterable[_Union[ResultArray, _Mapping]]] = ..., modes: _Optional[_Iterable[_Union[Mode, str]]] = ..., missing_modes: _Optional[_Iterable[_Union[MissingMode, _Mapping]]] = ..., preferred_mode: _Optional[_Union[Mode, str]] = ..., largest_batch: _Optional[int] = ...) -> None: ...
+    max_batch: int
+    def __init__(self, name: _Optional[str] = ..., documentation: _Optional[str] = ..., arguments: _Optional[_Iterable[_Union[Argument, _Mapping]]] = ..., results: _Optional[_Iterable[_Union[ResultArray, _Mapping]]] = ..., modes: _Optional[_Iterable[_Union[Mode, str]]] = ..., missing_modes: _Optional[_Iterable[_Union[MissingMode, _Mapping]]] = ..., preferred_mode: _Optional[_Union[Mode, str]] = ..., max_batch: _Optional[int] = ...) -> None: ...
 
 class Argument(_message.Message):
-    __slots__ = ("name", "dtypes", "shape", "is_differentiable")
+    __slots__ = ("name", "dtypes", "shape", "differentiable")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DTYPES_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
-    IS_DIFFERENTIABLE_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENTIABLE_FIELD_NUMBER: _ClassVar[int]
     name: str
     dtypes: _containers.RepeatedScalarFieldContainer[DType]
     shape: _containers.RepeatedCompositeFieldContainer[Dimension]
-    is_differentiable: bool
-    def __init__(self, name: _Optional[str] = ..., dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., shape: _Optional[_Iterable[_Union[Dimension, _Mapping]]] = ..., is_differentiable: bool = ...) -> None: ...
+    differentiable: bool
+    def __init__(self, name: _Optional[str] = ..., dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., shape: _Optional[_Iterable[_Union[Dimension, _Mapping]]] = ..., differentiable: bool = ...) -> None: ...
 
 class ResultArray(_message.Message):
     __slots__ = ("path", "shape")
@@ -216,22 +216,22 @@ class Input(_message.Message):
     def __init__(self, name: _Optional[str] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("function", "outputs", "mode", "is_finite", "device", "bucket", "timing")
+    __slots__ = ("function", "outputs", "mode", "finite", "device", "bucket", "timing")
     FUNCTION_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
-    IS_FINITE_FIELD_NUMBER: _ClassVar[int]
+    FINITE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     BUCKET_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
     function: str
     outputs: _containers.RepeatedCompositeFieldContainer[Output]
     mode: Mode
-    is_finite: bool
+    finite: bool
     device: str
     bucket: int
     timing: Timing
-    def __init__(self, function: _Optional[str] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., mode: _Optional[_Union[Mode, str]] = ..., is_finite: bool = ..., device: _Optional[str] = ..., bucket: _Optional[int] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
+    def __init__(self, function: _Optional[str] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., mode: _Optional[_Union[Mode, str]] = ..., finite: bool = ..., device: _Optional[str] = ..., bucket: _Optional[int] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
 
 class Output(_message.Message):
     __slots__ = ("quantity", "path", "tensor")
@@ -244,14 +244,14 @@ class Output(_message.Message):
     def __init__(self, quantity: _Optional[_Union[Quantity, str]] = ..., path: _Optional[_Iterable[_Union[PathStep, _Mapping]]] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class Timing(_message.Message):
-    __slots__ = ("queue", "compile", "execute")
-    QUEUE_FIELD_NUMBER: _ClassVar[int]
-    COMPILE_FIELD_NUMBER: _ClassVar[int]
-    EXECUTE_FIELD_NUMBER: _ClassVar[int]
-    queue: _duration_pb2.Duration
-    compile: _duration_pb2.Duration
-    execute: _duration_pb2.Duration
-    def __init__(self, queue: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., compile: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., execute: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    __slots__ = ("queue_duration", "compile_duration", "execute_duration")
+    QUEUE_DURATION_FIELD_NUMBER: _ClassVar[int]
+    COMPILE_DURATION_FIELD_NUMBER: _ClassVar[int]
+    EXECUTE_DURATION_FIELD_NUMBER: _ClassVar[int]
+    queue_duration: _duration_pb2.Duration
+    compile_duration: _duration_pb2.Duration
+    execute_duration: _duration_pb2.Duration
+    def __init__(self, queue_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., compile_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., execute_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class Tensor(_message.Message):
     __slots__ = ("dtype", "shape", "data")

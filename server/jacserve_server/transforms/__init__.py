@@ -5,7 +5,7 @@ function once however many ask, to a tree of arrays. Everything here is traced b
 JAX: one program computes all that a query asks for.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -20,38 +20,13 @@ from jacserve_server.transforms.jacobian import jacobian
 from jacserve_server.transforms.point import Point
 from jacserve_server.transforms.value import value
 
-QUANTITIES: Mapping[Quantity, Callable[[Point, Layout], Any]] = MappingProxyType(
+COMPUTE: Mapping[Quantity, Callable[[Point, Layout], Any]] = MappingProxyType(
     {
+        "value": value,
         "jacobian": jacobian,
         "gradient": gradient,
         "determinant": determinant,
         "abs_determinant": abs_determinant,
         "slogdet": slogdet,
-        # Last: it falls out of the differentiation where there is one.
-        "value": value,
     }
 )
-
-
-def evaluate(
-    point: Point, quantities: Sequence[Quantity], layout: Layout
-) -> dict[Quantity, Any]:
-    """Evaluates quantities of a function at one point.
-
-    Args:
-        point: The function and where.
-        quantities: What to compute.
-        layout: How derivatives are laid out.
-
-    Returns:
-        A tree of arrays for each quantity, in the order asked for.
-
-    Raises:
-        ServiceError: A quantity does not exist for the function's shapes.
-    """
-    found = {
-        quantity: compute(point, layout)
-        for quantity, compute in QUANTITIES.items()
-        if quantity in quantities
-    }
-    return {quantity: found[quantity] for quantity in quantities}

@@ -56,9 +56,10 @@ def _square(point: Point, quantity: str) -> jax.Array:
             f"{quantity} needs a square one. Choose wrt so that m = n, or ask for "
             "jacobian.",
             field="quantities",
+            function=point.resource,
             quantity=quantity,
-            m=m,
-            n=n,
+            rows=m,
+            columns=n,
         )
     return point.matrix
 

@@ -23,8 +23,9 @@ def gradient(point: Point, layout: Layout) -> Any:
             f"{point.resource} has {sum(sizes)} results (shape {shapes}), but a "
             "gradient belongs to a function with 1. Ask for jacobian.",
             field="quantities",
+            function=point.resource,
             quantity="gradient",
-            results=sum(sizes),
+            rows=sum(sizes),
         )
     if layout == "matrix":
         return point.matrix[0]

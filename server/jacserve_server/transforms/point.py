@@ -10,7 +10,11 @@ import jax.numpy as jnp
 from jacserve import trees
 from jacserve.trees import Path
 from jacserve.vocabulary import Mode
-from jacserve_server.errors import ServiceError
+from jacserve_server.errors import ServiceError, describe_exception
+
+
+class FunctionError(Exception):
+    """A registered function can't be traced; the text may leave the server."""
 
 
 class Leaf(NamedTuple):
@@ -33,21 +37,28 @@ def results(function: Callable[..., Any], inputs: Sequence[Any]) -> list[Leaf]:
         The arrays of the result.
 
     Raises:
-        TypeError: The result has something else in it, or nothing.
+        FunctionError: The function raised, or its result is not made of arrays.
     """
-    leaves: list[Leaf] = []
-    for path, leaf in trees.flatten(function(*inputs)):
-        try:
-            leaves.append(Leaf(path, jnp.asarray(leaf)))
-        except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"it returns a {type(leaf).__name__} at result"
-                f"{trees.format_path(path)}. Return arrays, or tuples and "
-                "dictionaries of arrays."
-            ) from error
+    try:
+        leaves = list(trees.flatten(function(*inputs)))
+    except KeyboardInterrupt:
+        raise
+    # A function may raise anything, SystemExit included.
+    except BaseException as error:
+        raise FunctionError(f"it raised {describe_exception(error)}") from error
     if not leaves:
-        raise TypeError("it returns no array. Return what is to be differentiated.")
-    return leaves
+        raise FunctionError("it returns no array. Return what is to be differentiated")
+    arrays: list[Leaf] = []
+    for path, leaf in leaves:
+        try:
+            arrays.append(Leaf(path, jnp.asarray(leaf)))
+        except (TypeError, ValueError) as error:
+            raise FunctionError(
+                f"it returns a {type(leaf).__name__} at result"
+                f"{trees.format_path(path)}. Return arrays, or tuples and dictionaries "
+                "of arrays"
+            ) from error
+    return arrays
 
 
 def is_inexact(array: Any) -> bool:
@@ -56,7 +67,7 @@ def is_inexact(array: Any) -> bool:
 
 
 class Point:
-    """A function f: R^n -> R^m at one point x.
+    """A function at one point, seen as f: R^n -> R^m of the arguments in `wrt`.
 
     The real and complex arrays of the result are f; integers and booleans in it
     have a value and no derivative.
@@ -83,26 +94,48 @@ class Point:
             resource: The function's name, for messages.
             wrt: Position and name of each argument to differentiate with respect
                 to, in order.
-            mode: "forward" or "reverse"; None where no derivative is asked for.
+            mode: How to differentiate; None where no derivative is asked for.
         """
         self._function = function
         self._inputs = tuple(inputs)
         self._mode = mode
         self.resource = resource
         self.wrt = tuple(wrt)
+        self.arguments = [self._inputs[position] for position, _ in self.wrt]
+        self._paths: list[Path] = []
         self._value: list[Leaf] | None = None
         self._blocks: list[tuple[Leaf, list[jax.Array]]] | None = None
         self._matrix: jax.Array | None = None
 
+    def f(self, *arguments: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+        """The function of the differentiated arguments alone, for JAX to transform.
+
+        Args:
+            *arguments: In place of `self.arguments`.
+
+        Returns:
+            The arrays that have derivatives; and all arrays, as an auxiliary.
+        """
+        inputs = list(self._inputs)
+        for (position, _), argument in zip(self.wrt, arguments, strict=True):
+            inputs[position] = argument
+        leaves = results(self._function, inputs)
+        self._paths = [leaf.path for leaf in leaves]
+        differentiable = [leaf.array for leaf in leaves if is_inexact(leaf.array)]
+        self._check_differentiable(differentiable)
+        return differentiable, [leaf.array for leaf in leaves]
+
     @property
-    def arguments(self) -> list[jax.Array]:
-        """The arguments differentiated, in the order of their columns."""
-        return [self._inputs[position] for position, _ in self.wrt]
+    def is_holomorphic(self) -> bool:
+        """Whether the derivative is that of a complex function."""
+        return any(jnp.iscomplexobj(argument) for argument in self.arguments)
 
     @property
     def value(self) -> list[Leaf]:
-        """All arrays of f(x); they come from the differentiation, if there was one."""
-        if self._value is None:
+        """All arrays of f(x), from the pass that differentiates if there is one."""
+        if self._value is None and self._mode is not None:
+            self._value, self._blocks = self._differentiate()
+        elif self._value is None:
             self._value = results(self._function, self._inputs)
         return self._value
 
@@ -123,6 +156,26 @@ class Point:
             self._matrix = self._assemble()
         return self._matrix
 
+    def _differentiate(
+        self,
+    ) -> tuple[list[Leaf], list[tuple[Leaf, list[jax.Array]]]]:
+        """Returns f(x) and the blocks of J, from one pass."""
+        if self._mode is None:
+            raise AssertionError("a derivative was planned without a mode")
+        transform = {"forward": jax.jacfwd, "reverse": jax.jacrev}[self._mode]
+        blocks, arrays = transform(
+            self.f,
+            argnums=tuple(range(len(self.wrt))),
+            has_aux=True,
+            holomorphic=self.is_holomorphic,
+        )(*self.arguments)
+        value = list(map(Leaf, self._paths, arrays))
+        differentiable = [leaf for leaf in value if is_inexact(leaf.array)]
+        return value, [
+            (leaf, list(map(partial(_promoted, leaf), row, self.arguments)))
+            for leaf, row in zip(differentiable, blocks, strict=True)
+        ]
+
     def _assemble(self) -> jax.Array:
         rows = [
             jnp.concatenate(
@@ -136,42 +189,38 @@ class Point:
         ]
         return jnp.concatenate(rows, axis=0)
 
-    def _differentiate(
-        self,
-    ) -> tuple[list[Leaf], list[tuple[Leaf, list[jax.Array]]]]:
-        """Returns f(x) and the blocks of J, from one pass."""
-        paths: list[Path] = []
-
-        def split(*inputs: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
-            leaves = results(self._function, inputs)
-            paths.extend(leaf.path for leaf in leaves)
-            arrays = [leaf.array for leaf in leaves]
-            return [array for array in arrays if is_inexact(array)], arrays
-
-        differentiate = {"forward": jax.jacfwd, "reverse": jax.jacrev}[str(self._mode)]
-        holomorphic = any(jnp.iscomplexobj(argument) for argument in self.arguments)
-        blocks, arrays = differentiate(
-            split,
-            argnums=tuple(position for position, _ in self.wrt),
-            has_aux=True,
-            holomorphic=holomorphic,
-        )(*self._inputs)
-        value = list(map(Leaf, paths, arrays))
-        differentiable = [leaf for leaf in value if is_inexact(leaf.array)]
-        if not differentiable:
+    def _check_differentiable(self, arrays: list[jax.Array]) -> None:
+        if not arrays:
             raise ServiceError(
                 "QUANTITY_UNSUPPORTED",
                 f"{self.resource} returns no real or complex array to differentiate. "
                 "Ask for value alone.",
                 field="quantities",
+                function=self.resource,
             )
-        return value, [
-            (leaf, list(map(partial(self._promoted, leaf), row, self.arguments)))
-            for leaf, row in zip(differentiable, blocks, strict=True)
-        ]
+        problem = None
+        if not self.is_holomorphic:
+            if self._mode == "reverse" and any(map(jnp.iscomplexobj, arrays)):
+                problem = "it returns complex numbers of real ones. Use forward mode."
+        elif not all(map(jnp.iscomplexobj, self.arguments)):
+            problem = "wrt mixes real and complex arguments. Name those of one kind."
+        elif not all(map(jnp.iscomplexobj, arrays)):
+            problem = (
+                "it returns real numbers of complex ones, and only a holomorphic "
+                "function has a complex derivative. Ask for value alone."
+            )
+        if problem:
+            raise ServiceError(
+                "MODE_UNSUPPORTED",
+                f"{self.resource} can't be differentiated in {self._mode} mode: "
+                f"{problem}",
+                field="mode",
+                function=self.resource,
+                mode=self._mode,
+            )
 
-    @staticmethod
-    def _promoted(leaf: Leaf, block: jax.Array, argument: jax.Array) -> jax.Array:
-        # Forward mode has the result's dtype, reverse mode the argument's: where
-        # they differ, a derivative's dtype must not depend on the mode.
-        return block.astype(jnp.promote_types(leaf.array.dtype, argument.dtype))
+
+def _promoted(leaf: Leaf, block: jax.Array, argument: jax.Array) -> jax.Array:
+    # Forward mode has the result's dtype, reverse mode the argument's: where they
+    # differ, a derivative's dtype must not depend on the mode.
+    return block.astype(jnp.promote_types(leaf.array.dtype, argument.dtype))

@@ -1,0 +1,44 @@
+"""How batches of any size are served by few programs."""
+
+import numpy as np
+
+from jacserve.tensors import Array
+from jacserve_server.work import Work
+
+
+def bucket_for(batch: int | None) -> int | None:
+    """Returns the rows of the program that serves a batch.
+
+    Powers of two: few programs serve every batch size, and no more than half of a
+    program's rows are padding.
+
+    Args:
+        batch: Rows asked for; None for one point without a batch axis.
+
+    Returns:
+        The next power of two; 0 for no rows; None for one point.
+    """
+    return 1 << (batch - 1).bit_length() if batch else batch
+
+
+def padded(work: Work, bucket: int | None) -> tuple[Array, ...]:
+    """Returns the inputs with as many rows as the program has.
+
+    The last row is repeated: a real point can't make NaN, nor a loop that never
+    ends, out of nothing.
+
+    Args:
+        work: A piece of work.
+        bucket: The program's rows.
+
+    Returns:
+        The inputs; the very same arrays where nothing is to be added.
+    """
+    if bucket is None or bucket == work.batch:
+        return work.inputs
+    return tuple(
+        np.concatenate([array, np.repeat(array[-1:], bucket - len(array), axis=0)])
+        if spec.is_batched
+        else array
+        for spec, array in zip(work.computation.inputs, work.inputs, strict=True)
+    )
