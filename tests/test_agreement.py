@@ -30,6 +30,7 @@ def tolerance(animal: Animal, dtype: str) -> float:
 
 
 def assert_close(actual, expected, relative: float) -> None:
+    assert np.shape(actual) == np.shape(expected)
     scale = max(1.0, float(np.max(np.abs(expected), initial=0.0)))
     error = float(np.max(np.abs(np.asarray(actual) - expected), initial=0.0))
     assert error <= relative * scale, f"off by {error:.2e}, scale {scale:.2e}"
@@ -85,19 +86,34 @@ def test_the_jacobian_agrees(
         animal.name, tuple(map(np.stack, zip(*points, strict=True))), mode=mode
     )
     assert batch.mode == mode
-    assert batch.jacobian.dtype == np.result_type(singles[0].jacobian, dtype)
+    is_complex = animal.name == "spectrum" or np.dtype(dtype).kind == "c"
+    assert batch.jacobian.dtype == (
+        np.result_type(dtype, "complex64") if is_complex else dtype
+    )
     for row, (point, single) in enumerate(zip(points, singles, strict=True)):
         if animal.jacobian is not None:
             wide = [x if x.dtype.kind in "iu" else x * 1.0 for x in map(upcast, point)]
             assert_close(single.jacobian, animal.jacobian(*wide), relative)
         assert_close(single.jacobian, local_jacobian(animal, mode, point), relative)
         assert_close(batch.jacobian[row], single.jacobian, relative)
+        assert single.jacobian.dtype == batch.jacobian.dtype
+        local = dict(trees.flatten(local_value(animal, point)))
+        served = dict(trees.flatten(single.value))
+        assert served.keys() == local.keys()
+        for path, leaf in served.items():
+            assert leaf.dtype == local[path].dtype
+            assert_close(leaf, np.asarray(local[path]), relative)
         pairs = zip(
             trees.flatten(batch.value), trees.flatten(single.value), strict=True
         )
         for (path, rows), (other, leaf) in pairs:
             assert path == other
             assert_close(rows[row], leaf, relative)
+
+
+def local_value(animal: Animal, point):
+    with jax.enable_x64(any(x.dtype.name in WIDE for x in point)):
+        return jax.jit(animal.function)(*point)
 
 
 def upcast(x: np.ndarray) -> np.ndarray:

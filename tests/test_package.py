@@ -6,9 +6,12 @@ import sys
 import tomllib
 import venv
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from google.protobuf.descriptor_pb2 import FileDescriptorSet
+from grpc_tools import protoc
 
 import jacserve
 import jacserve_server
@@ -41,6 +44,37 @@ def test_the_base_dependencies_are_closed() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {re.split(r"[<>=]", text)[0] for text in project["dependencies"]}
     assert names == {"numpy", "grpcio", "protobuf", "googleapis-common-protos"}
+
+
+def test_every_element_of_the_contract_is_documented(tmp_path: Path) -> None:
+    output = tmp_path / "contract"
+    proto = "jacserve/v1/jacobian.proto"
+    well_known = files("grpc_tools") / "_proto"
+    options = ["--include_source_info", f"--descriptor_set_out={output}"]
+    assert not protoc.main(
+        ["", f"-I{ROOT / 'proto'}", f"-I{well_known}", *options, proto]
+    )
+    [file] = FileDescriptorSet.FromString(output.read_bytes()).file
+    documented = {
+        tuple(location.path)
+        for location in file.source_code_info.location
+        if location.leading_comments.strip()
+    }
+
+    def elements(message, path: tuple[int, ...]):
+        for field, values in message.ListFields():
+            # Fields, messages, enums, enum values, services, methods.
+            if field.name not in {
+                "message_type", "field", "enum_type", "value", "service", "method"
+            }:  # fmt: skip
+                continue
+            for place, value in enumerate(values):
+                here = (*path, field.number, place)
+                yield value.name, here
+                yield from elements(value, here)
+
+    missing = [n for n, path in elements(file, ()) if path not in documented]
+    assert not missing
 
 
 def test_every_rpc_has_a_client_method() -> None:

@@ -19,6 +19,8 @@ Array = npt.NDArray[Any]
 
 MAX_RANK = 32
 MAX_AXIS_SIZE = 2**31 - 1
+# Numpy can't make an array of more bytes than this, not even an empty one.
+_MAX_BYTES = 2**62
 
 
 class MalformedTensorError(ValueError):
@@ -101,6 +103,11 @@ def decode(tensor: pb.Tensor) -> Array:
         raise MalformedTensorError(
             f"the shape {format_shape(shape)} has an axis outside "
             f"0 to {MAX_AXIS_SIZE}. Send the array's own shape."
+        )
+    if math.prod(max(size, 1) for size in shape) * dtype.itemsize > _MAX_BYTES:
+        raise MalformedTensorError(
+            f"the shape {format_shape(shape)} is larger than any array can be. "
+            "Send the array's own shape."
         )
     data = tensor.data  # Every access makes a new copy.
     expected = math.prod(shape) * dtype.itemsize

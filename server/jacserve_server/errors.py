@@ -114,7 +114,9 @@ def clipped(text: str, size: int) -> str:
     return f"{start.decode(errors='ignore')} ... {end.decode(errors='ignore')}"
 
 
-_DIRECTORIES = re.compile(r"(?<![\w:/.])(?:[A-Za-z]:\\|/)(?:[^\s/\\'\",;:()]+[/\\])+")
+_DIRECTORIES = re.compile(
+    r"(?<![\w:/.])(?:[A-Za-z]:\\|/)(?:[^\s/\\'\",;:()]+[/\\])+", re.ASCII
+)
 
 
 def describe_exception(error: BaseException) -> str:

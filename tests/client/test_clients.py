@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import math
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -102,6 +103,34 @@ def test_a_timeout_of_the_client_holds_for_all_calls(target: str) -> None:
         with pytest.raises(TimeoutError, match="larger timeout_s"):
             client.gradient("rosenbrock", x)
         assert client.gradient("rosenbrock", x, timeout_s=60.0).shape == (321,)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"argnums": 0}, "no option argnums; there are wrt, mode"),
+        ({"timeout": 1.0, "requires_finite": True}, "no option requires_finite, tim"),
+        ({"wrt": [0]}, "wrt is 0; pass a str"),
+        ({"cast": "yes"}, "cast is 'yes'; pass a bool"),
+    ],
+)
+def test_a_misspelt_option_is_not_ignored(target: str, options, words: str) -> None:
+    with jacserve.Client(target) as client, pytest.raises(TypeError, match=words):
+        client.jacobian("spherical", X, **options)
+
+
+def test_names_must_be_text(target: str) -> None:
+    with jacserve.Client(target) as client:
+        with pytest.raises(TypeError, match="function is None; pass a str"):
+            client.jacobian(None, X)  # pyright: ignore[reportArgumentType]
+        with pytest.raises(TypeError, match="a name of inputs is 0; pass a str"):
+            client.jacobian("spherical", {0: X})  # pyright: ignore
+
+
+def test_an_infinite_timeout_overrides_the_clients(target: str) -> None:
+    x = np.ones(322)
+    with jacserve.Client(target, timeout_s=0.005) as client:
+        assert client.gradient("rosenbrock", x, timeout_s=math.inf).shape == (322,)
 
 
 def test_a_result_shows_shapes_not_numbers(target: str) -> None:

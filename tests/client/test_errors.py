@@ -1,6 +1,7 @@
 """Every status code and every reason has its exception."""
 
 import builtins
+from pathlib import Path
 
 import grpc
 import pytest
@@ -9,6 +10,8 @@ import jacserve
 from jacserve import errors
 from jacserve.v1 import jacobian_pb2 as pb
 from jacserve_server.errors import CODES, describe_exception
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_every_status_code_maps() -> None:
@@ -23,10 +26,8 @@ def test_every_reason_has_a_code_and_so_an_exception() -> None:
 
 
 def test_the_contract_states_the_code_of_each_reason() -> None:
-    from pathlib import Path
-
     names = {code.value[0]: code.name for code in grpc.StatusCode}
-    text = Path("proto/jacserve/v1/jacobian.proto").read_text()
+    text = (ROOT / "proto/jacserve/v1/jacobian.proto").read_text()
     for reason, code in CODES.items():
         before = text.partition(f"  {reason} = ")[0]
         comment = before[before.rindex(";") :]

@@ -69,6 +69,21 @@ def test_a_file_may_import_its_neighbours_and_share_their_registry(write) -> Non
     assert names(file) == ["f", "g"]
 
 
+def test_a_module_of_the_current_folder_is_found(
+    write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write("folder/here.py", GOOD.format(name="f"))
+    monkeypatch.chdir(file.parent)
+    assert names("here") == ["f"]
+
+
+def test_a_package_that_lacks_something_is_not_called_missing(write) -> None:
+    write("lacking/__init__.py", "import no_such_module_at_all")
+    write("lacking/inner.py", GOOD.format(name="f"))
+    with pytest.raises(RegistrationError, match=r"named 'no_such_module_at_all'"):
+        names("lacking.inner")
+
+
 def test_installed_entry_points_are_served_when_nothing_is_named(write) -> None:
     write("plugin.py", GOOD.format(name="from_plugin"))
     write(

@@ -1,5 +1,7 @@
 """What is registered, and what is refused: which file, which function, the remedy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,6 +76,39 @@ def test_dimensions_and_dtypes_are_published() -> None:
         (("b", 1), ("n + 1", "2*n")),
         (("c",), (2,)),
     )
+
+
+def test_partials_callable_objects_and_jitted_functions() -> None:
+    def scaled(x: Float[Array, "n"], k: float, *, power: int) -> Float[Array, "n"]:
+        """Scales."""
+        return k * x**power
+
+    class Affine:
+        """An object with state."""
+
+        offset = 3.0
+
+        def __call__(self, x: Float[Array, "n"]) -> Float[Array, "n"]:
+            """Shifts."""
+            return x + self.offset
+
+    def jitted(x: Float[Array, "n"]) -> Float[Array, "n"]:
+        """Sines."""
+        return jnp.sin(x)
+
+    registry = Registry()
+    partial = functools.partial(scaled, k=2.0, power=3)
+    registry.function(name="cubes")(partial)
+    registry.function(name="affine")(Affine())
+    registry.function(jax.jit(jitted))
+    with serving(registry) as server, jacserve.Client(server.target) as client:
+        assert [f.documentation for f in client.functions()] == [
+            "Shifts.", "Scales.", "Sines."
+        ]  # fmt: skip
+        x = np.array([1.0, 2.0])
+        np.testing.assert_array_equal(client.value("cubes", x), [2.0, 16.0])
+        np.testing.assert_array_equal(client.value("affine", x), x + 3.0)
+        np.testing.assert_allclose(client.value("jitted", x), np.sin(x))
 
 
 def test_sizes_that_a_function_needs_are_found_or_given() -> None:
@@ -169,6 +204,10 @@ def raises(x: Float[Array, "3"]):
     raise ZeroDivisionError("no luck")
 
 
+def exits(x: Float[Array, "3"]):
+    raise SystemExit(0)
+
+
 def branches(x: Float[Array, "3"]):
     return x if x[0] > 0 else -x
 
@@ -195,6 +234,7 @@ def odd_expression(x: Float[Array, "n"], y: Float[Array, "n**2"]):
         (returns_none, ["it returns no array"]),
         (numbered, ["dictionary key 1 is not a string"]),
         (raises, ["tracing it failed", "ZeroDivisionError: no luck"]),
+        (exits, ["tracing it failed", "SystemExit: 0"]),
         (branches, ["tracing it failed", "TracerBoolConversionError", "jax.jit"]),
         (unbound, ["no argument has the dimension 'n' by itself"]),
         (odd_expression, ["'n ** 2' is not a sum"]),

@@ -162,6 +162,10 @@ class Point:
         """Returns f(x) and the blocks of J, from one pass."""
         if self._mode is None:
             raise AssertionError("a derivative was planned without a mode")
+        if self.is_holomorphic and not all(map(jnp.iscomplexobj, self.arguments)):
+            raise self._no_derivative(
+                "wrt mixes real and complex arguments. Name those of one kind."
+            )
         transform = {"forward": jax.jacfwd, "reverse": jax.jacrev}[self._mode]
         blocks, arrays = transform(
             self.f,
@@ -198,26 +202,25 @@ class Point:
                 field="quantities",
                 function=self.resource,
             )
-        problem = None
-        if not self.is_holomorphic:
-            if self._mode == "reverse" and any(map(jnp.iscomplexobj, arrays)):
-                problem = "it returns complex numbers of real ones. Use forward mode."
-        elif not all(map(jnp.iscomplexobj, self.arguments)):
-            problem = "wrt mixes real and complex arguments. Name those of one kind."
-        elif not all(map(jnp.iscomplexobj, arrays)):
-            problem = (
+        are_complex = [jnp.iscomplexobj(array) for array in arrays]
+        if self.is_holomorphic and not all(are_complex):
+            raise self._no_derivative(
                 "it returns real numbers of complex ones, and only a holomorphic "
                 "function has a complex derivative. Ask for value alone."
             )
-        if problem:
-            raise ServiceError(
-                "MODE_UNSUPPORTED",
-                f"{self.resource} can't be differentiated in {self._mode} mode: "
-                f"{problem}",
-                field="mode",
-                function=self.resource,
-                mode=self._mode,
+        if not self.is_holomorphic and any(are_complex) and self._mode == "reverse":
+            raise self._no_derivative(
+                "it returns complex numbers of real ones. Use forward mode."
             )
+
+    def _no_derivative(self, problem: str) -> ServiceError:
+        return ServiceError(
+            "MODE_UNSUPPORTED",
+            f"{self.resource} can't be differentiated in {self._mode} mode: {problem}",
+            field="mode",
+            function=self.resource,
+            mode=self._mode,
+        )
 
 
 def _promoted(leaf: Leaf, block: jax.Array, argument: jax.Array) -> jax.Array:
