@@ -65,8 +65,11 @@ def list_functions(target: Target = DEFAULT_TARGET, timeout: Timeout = None) -> 
     with _connected(target) as client:
         found = client.functions(timeout_s=timeout)
     table = Table(box=None, pad_edge=False)
-    for heading in ("function", "version", "signature", "modes", "documentation"):
-        table.add_column(heading)
+    table.add_column("function", no_wrap=True, overflow="fold")
+    table.add_column("version")
+    table.add_column("signature")
+    table.add_column("modes")
+    table.add_column("documentation", no_wrap=True, overflow="ellipsis")
     for function in found:
         summary = function.documentation.partition("\n")[0]
         table.add_row(
@@ -76,7 +79,7 @@ def list_functions(target: Target = DEFAULT_TARGET, timeout: Timeout = None) -> 
             ", ".join(function.modes) or "none",
             escape(summary),
         )
-    Console().print(table)
+    _console().print(table)
 
 
 @app.command()
@@ -88,7 +91,7 @@ def describe(
     """Describe one function: arguments, results, modes and documentation."""
     with _connected(target) as client:
         function = client.describe(name, timeout_s=timeout)
-    _print_description(function, Console())
+    _print_description(function, _console())
 
 
 def _print_description(function: FunctionInfo, console: Console) -> None:
@@ -194,7 +197,7 @@ def evaluate(
     if output == "json":
         print(array_files.to_json(result))
     elif output == "table":
-        _print_result(result, Console())
+        _print_result(result, _console())
 
 
 def _print_result(result: Result, console: Console) -> None:
@@ -203,7 +206,7 @@ def _print_result(result: Result, console: Console) -> None:
             f"[bold]{escape(label)}[/bold] "
             f"[dim]{array.dtype} {escape(format_shape(array.shape))}[/dim]"
         )
-        text = np.array2string(array, precision=6, max_line_width=console.width - 2)
+        text = np.array2string(array, precision=6, max_line_width=min(console.width, 100) - 2)
         console.print("  " + text.replace("\n", "\n  "), markup=False, highlight=False)
     timing = result.timing
     console.print(
@@ -213,6 +216,11 @@ def _print_result(result: Result, console: Console) -> None:
     )
     if not result.finite:
         console.print("[yellow]The answer has NaN or Inf.[/yellow]")
+
+
+def _console() -> Console:
+    """Wraps lines for a terminal, and for nobody else."""
+    return Console() if sys.stdout.isatty() else Console(width=1000)
 
 
 @contextmanager
