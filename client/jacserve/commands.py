@@ -206,7 +206,9 @@ def _print_result(result: Result, console: Console) -> None:
             f"[bold]{escape(label)}[/bold] "
             f"[dim]{array.dtype} {escape(format_shape(array.shape))}[/dim]"
         )
-        text = np.array2string(array, precision=6, max_line_width=min(console.width, 100) - 2)
+        text = np.array2string(
+            array, precision=6, max_line_width=min(console.width, 100) - 2
+        )
         console.print("  " + text.replace("\n", "\n  "), markup=False, highlight=False)
     timing = result.timing
     console.print(
