@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jaxtyping import Array, Float, Inexact, Num, Shaped
+from jaxtyping import Array, Float, Inexact, Int, Num, Shaped
 
 import jacserve
 from jacserve_server import Registry, serving
@@ -30,6 +30,21 @@ def scalar(x: Shaped[Array, ""]) -> Shaped[Array, ""]:
 @registry.function
 def square(x: Inexact[Array, "n"]) -> Inexact[Array, "n"]:
     return x * x
+
+
+@registry.function
+def shaped(x: Shaped[Array, "n"]) -> Shaped[Array, "n"]:
+    return x
+
+
+@registry.function
+def labels(i: Int[Array, "n"]) -> Int[Array, "n"]:
+    return i
+
+
+@registry.function
+def large_sum(x: Float[Array, "n"]) -> Float[Array, ""]:
+    return 1e6 * x.astype(jnp.float32).sum()
 
 
 @registry.function
@@ -173,6 +188,41 @@ def test_cast_converts_to_the_widest_dtype_and_only_on_request(
     jac = client.jacobian("mixed", ([1, 2], [3, 4]), cast=True)
     assert jac.dtype == np.float64
     np.testing.assert_array_equal(jac, [[3, 0, 1, 0], [0, 4, 0, 2]])
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (np.array([True, False]), "bool"),
+        (np.array([3], np.uint8), "uint8"),
+        (np.array([3]), "int64"),
+    ],
+)
+def test_cast_is_not_needed_where_all_dtypes_are_taken(
+    client: jacserve.Client, array: np.ndarray, expected: str
+) -> None:
+    assert client.value("shaped", array, cast=True).dtype == expected
+
+
+def test_cast_takes_the_nearest_kind_and_loses_nothing(
+    client: jacserve.Client,
+) -> None:
+    assert client.value("square", [3, 4], cast=True).dtype == np.float64
+    assert client.value("labels", np.array([3], np.uint64), cast=True).dtype == np.int64
+    for array, words in (
+        (np.array([2**64 - 1], np.uint64), "does not fit into int64"),
+        (np.array([1.0]), "can't hold"),
+        (np.array([1j]), "can't hold"),
+    ):
+        with pytest.raises(jacserve.InvalidRequestError, match=words):
+            client.value("labels", array, cast=True)
+
+
+def test_auto_does_not_lose_precision_to_a_narrow_argument(
+    client: jacserve.Client,
+) -> None:
+    jac = client.jacobian("large_sum", np.ones(2, np.float16))
+    np.testing.assert_array_equal(jac, np.full((1, 2), 1e6, np.float32))
 
 
 def test_results_are_the_callers_own_to_change(client: jacserve.Client) -> None:

@@ -46,6 +46,11 @@ def pump(x: Float[Array, "n"]) -> Float[Array, "n"]:
     return jax.pure_callback(dry_pump, x, x)
 
 
+@registry.function
+def empties(x: Float[Array, "m n"]) -> Float[Array, "m n"]:
+    return x
+
+
 class UnprintableError(BaseException):
     def __str__(self) -> str:
         raise ValueError("no words")
@@ -55,6 +60,8 @@ class UnprintableError(BaseException):
 def odd(x: Float[Array, "n"]) -> Float[Array, "n"]:
     if x.size == 42:
         raise UnprintableError
+    if x.size == 41:
+        raise KeyboardInterrupt
     if x.size == 43:
         raise ValueError("月" * 3000 + "/srv/secret/a.py")
     return x
@@ -175,6 +182,12 @@ def test_an_exception_while_running_reaches_its_caller(
     assert client.value("double", np.ones(3))[0] == 2.0
 
 
+def test_a_function_can_not_end_the_server(client: jacserve.Client) -> None:
+    with pytest.raises(jacserve.InvalidRequestError, match="raised KeyboardInterrupt"):
+        client.value("odd", np.ones(41))
+    assert client.value("double", np.ones(3))[0] == 2.0
+
+
 def test_an_exception_without_words(client: jacserve.Client) -> None:
     with pytest.raises(jacserve.InvalidRequestError, match="raised UnprintableError"):
         client.value("odd", np.ones(42))
@@ -198,6 +211,23 @@ def test_long_texts_do_not_destroy_the_error(client: jacserve.Client, call) -> N
         assert caught.value.reason
         assert " ... " in str(caught.value)
         assert "/srv" not in str(caught.value)
+
+
+def test_absurd_shapes_without_bytes(client: jacserve.Client) -> None:
+    # Rows of nothing still have a flag each, and axes of nothing a Jacobian.
+    with pytest.raises(jacserve.CapacityError) as caught:
+        client.value("double", np.empty((2**31 - 1, 0)))
+    assert caught.value.reason == "RESULT_TOO_LARGE"
+    with pytest.raises(jacserve.CapacityError) as caught:
+        client.jacobian("double", np.empty((0, 2**31 - 1)))
+    assert caught.value.reason == "RESULT_TOO_LARGE"
+    assert client.jacobian("empties", np.empty((0, 2**31 - 1))).shape == (0, 0)
+    assert client.value("empties", np.empty((0, 2**31 - 1))).shape == (0, 2**31 - 1)
+
+
+def test_lists_of_absurd_length(client: jacserve.Client) -> None:
+    with pytest.raises(jacserve.InvalidRequestError, match="wrt has 1001 entries"):
+        client.jacobian("double", np.ones(3), wrt=["x"] * 1001)
 
 
 def test_real_and_complex_arguments_can_each_be_differentiated(

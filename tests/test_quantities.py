@@ -45,6 +45,11 @@ def prefers_reverse(x: Float[Array, "n"]) -> Float[Array, "n"]:
 
 
 @registry.function
+def with_nothing(x: Float[Array, "n"]) -> tuple[Float[Array, "0"], Float[Array, ""]]:
+    return x[:0], x.sum()
+
+
+@registry.function
 def keywords(
     a: Float[Array, ""], /, b: Float[Array, ""], *, c: Float[Array, ""]
 ) -> Float[Array, ""]:
@@ -110,6 +115,12 @@ def test_a_scalar_function_has_a_row_and_a_gradient(client: jacserve.Client) -> 
     np.testing.assert_allclose(
         client.gradient("energy", (A, B), wrt="A", layout="blocks"), by_a
     )
+
+
+def test_the_gradient_beside_empty_results(client: jacserve.Client) -> None:
+    blocks = client.gradient("with_nothing", X, layout="blocks")
+    np.testing.assert_array_equal(blocks, np.ones(3))
+    np.testing.assert_array_equal(client.gradient("with_nothing", X), np.ones(3))
 
 
 def test_wrt_chooses_columns_in_the_order_asked(client: jacserve.Client) -> None:

@@ -2,16 +2,18 @@
 
 import json
 import re
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jacserve import trees
+from jacserve import tensors, trees
 from jacserve.functions import FunctionInfo
 from jacserve.results import Result
-from jacserve.tensors import Array, dtype_named
+from jacserve.tensors import Array
+from jacserve.vocabulary import DTYPES
 
 _NAMED = re.compile(r"([^\W\d]\w*)=(.*)", re.DOTALL)
 
@@ -36,49 +38,77 @@ def read_inputs(
         The arrays, in order or by name.
 
     Raises:
-        ArrayTextError: An input can't be read.
+        ArrayTextError: An input can't be read, or is given twice.
     """
-    by_name: dict[str, Array] = {}
+    if dtype is not None and dtype not in DTYPES:
+        raise ArrayTextError(
+            f"there is no dtype {dtype}. Take one of {', '.join(DTYPES)}."
+        )
+    accepted = [(argument.name, argument.dtypes) for argument in function.arguments]
+    named: list[tuple[str, Array]] = []
     in_order: list[Array] = []
-    accepted = {argument.name: argument.dtypes for argument in function.arguments}
     for place, text in enumerate(texts):
         if Path(text).suffix == ".npz":
-            by_name.update(_load(text))
+            named.extend(_load(text).items())
             continue
         match = _NAMED.fullmatch(text)
-        name = match[1] if match else list(accepted)[min(place, len(accepted) - 1)]
-        wanted = dtype or accepted.get(name, ("float64",))[0]
-        array = _read_array(match[2] if match else text, wanted)
+        at = dict(accepted).get(match[1]) if match else None
+        dtypes = at or accepted[min(place, len(accepted) - 1)][1]
+        array = _read_array(match[2] if match else text, (dtype,) if dtype else dtypes)
         if match:
-            by_name[name] = array
+            named.append((match[1], array))
         else:
             in_order.append(array)
-    if by_name and in_order:
+    if named and in_order:
         raise ArrayTextError("Give all inputs by name, or none.")
+    by_name = dict(named)
+    if len(by_name) < len(named):
+        raise ArrayTextError("An input is given twice. Give each once.")
     return by_name or tuple(in_order)
 
 
-def _read_array(text: str, dtype: str) -> Array:
+def _read_array(text: str, dtypes: Sequence[str]) -> Array:
     if Path(text).suffix == ".npy":
         return _load(text)
     try:
-        array = np.asarray(json.loads(text))
-        if array.dtype.kind == "U":  # Complex numbers, as "1+2j".
-            array = array.astype(complex)
-        return array.astype(dtype_named(dtype))
-    except (ValueError, TypeError) as error:
+        array = _from_json(text)
+        target = tensors.cast_target(array.dtype.name, dtypes)
+        if target is None:
+            raise ValueError(f"it has {array.dtype} numbers")
+        return tensors.converted(array, target)
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ArrayTextError(
-            f"{text!r} is neither JSON text of a {dtype} array nor the name of an "
-            f".npy or .npz file ({error}). Write, for example, '[1.0, 2.0]'."
+            f"{text!r} is neither JSON text of a {' or '.join(dtypes)} array nor the "
+            f"name of an .npy or .npz file ({error}). Write, for example, '[1.0, 2.0]'."
         ) from error
+
+
+def _from_json(text: str) -> Array:
+    """Reads JSON numbers; strings are what JSON lacks: "NaN", "Infinity", "1+2j"."""
+    array = np.asarray(json.loads(text))
+    if array.dtype.kind == "U":
+        try:
+            return array.astype(float)
+        except ValueError:
+            return array.astype(complex)
+    if array.dtype.kind == "O":  # Beyond int64; or null, which numpy would make NaN.
+        return np.array([float(x) for x in array.ravel()]).reshape(array.shape)
+    return array
 
 
 def _load(path: str) -> Any:
     try:
         loaded: Any = np.load(path, allow_pickle=False)
-        return dict(loaded) if path.endswith(".npz") else loaded
-    except (OSError, ValueError, EOFError) as error:
+        arrays = dict(loaded) if path.endswith(".npz") else {"": loaded}
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ArrayTextError(f"{path} can't be read: {error}") from error
+    for array in arrays.values():
+        if array.dtype.name not in DTYPES:
+            raise ArrayTextError(
+                f"{path} has dtype {array.dtype}, which can't be sent. Save it as one "
+                f"of {', '.join(DTYPES)}."
+            )
+    return arrays if path.endswith(".npz") else arrays[""]
 
 
 def flat(result: Result) -> Iterator[tuple[str, Array]]:
@@ -106,6 +136,9 @@ def write_result(result: Result, path: Path) -> None:
         )
     if path.suffix not in {".npy", ".npz"}:
         raise ArrayTextError(f"{path} is neither .npy nor .npz. Name it so.")
+    # Numpy's formats forget what it is, and it would come back as bytes.
+    if any(array.dtype.name == "bfloat16" for array in arrays.values()):
+        raise ArrayTextError(f"{path} can't hold bfloat16. Write json.")
     try:
         if path.suffix == ".npy":
             np.save(path, next(iter(arrays.values())), allow_pickle=False)

@@ -177,6 +177,10 @@ def from_rpc_error(error: grpc.Call, target: str) -> JacobianError:
 def _without_reason(code: str, message: str, target: str) -> str:
     """Says what a failure below the contract means to the caller."""
     hints: Mapping[str, Callable[[], str]] = {
+        "RESOURCE_EXHAUSTED": lambda: (
+            f"{message}. Send fewer points at once, or raise the server's "
+            "max_message_bytes."
+        ),
         "UNAVAILABLE": lambda: (
             f"No server answers at {target} ({message}). Start one with "
             "`jacserve serve FILE`, or check the address."

@@ -20,6 +20,9 @@ from jacserve.vocabulary import (
 
 N = TypeVar("N", bound=int)
 
+# About thirty years; gRPC's clock overflows a little later.
+_LONGEST_TIMEOUT_S = 1e9
+
 Inputs = npt.ArrayLike | tuple[npt.ArrayLike, ...] | Mapping[str, npt.ArrayLike]
 
 
@@ -83,7 +86,7 @@ def encode_query(
             _number(QUANTITIES, "quantities", word)
             for word in _words("quantities", quantities)
         ],
-        wrt=_words("wrt", options.get("wrt", ())),
+        wrt=_words("wrt", options.get("wrt") or ()),
         mode=_number(MODE_OPTIONS, "mode", options.get("mode", "auto")),
         layout=_number(LAYOUTS, "layout", options.get("layout", "matrix")),
         cast=_checked("cast", options.get("cast", False), bool),
@@ -108,7 +111,11 @@ def encode_query(
 def timeout_of(timeout_s: float | None, default_s: float | None) -> float | None:
     """Returns the timeout for gRPC: a call's own, else the client's; None for none."""
     timeout_s = default_s if timeout_s is None else timeout_s
-    return None if timeout_s == math.inf else timeout_s
+    if timeout_s is None or timeout_s > _LONGEST_TIMEOUT_S:
+        return None
+    if math.isnan(timeout_s):
+        raise ValueError("timeout_s is NaN; pass seconds, or math.inf for no limit")
+    return timeout_s
 
 
 def _named(inputs: Inputs) -> list[tuple[str, Any]]:

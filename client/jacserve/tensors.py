@@ -7,6 +7,7 @@ count is checked against shape and item size before anything is allocated.
 
 import importlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,50 @@ def dtype_named(name: str) -> np.dtype[Any]:
             ) from error
         return np.dtype(ml_dtypes.bfloat16)
     return np.dtype(name)
+
+
+_KINDS = ("bool", "int", "float", "complex")
+
+
+def _kind(dtype: str) -> int:
+    """Orders dtypes by what they hold: truth, whole, real and complex numbers."""
+    bare = dtype if dtype == "bool" else dtype.removeprefix("u").removeprefix("b")
+    return next(rank for rank, kind in enumerate(_KINDS) if bare.startswith(kind))
+
+
+def cast_target(source: str, accepted: Sequence[str]) -> str | None:
+    """Chooses the dtype to convert an array to.
+
+    Args:
+        source: The array's dtype.
+        accepted: The dtypes to choose from, the widest first.
+
+    Returns:
+        The widest of the same kind of number, else of the next kind that holds it;
+        None when none does: complex numbers are not made real, nor real ones whole.
+    """
+    suitable = [dtype for dtype in accepted if _kind(dtype) >= _kind(source)]
+    return min(suitable, key=_kind, default=None)
+
+
+def converted(array: Array, dtype: str) -> Array:
+    """Converts an array to a dtype that `cast_target` chose.
+
+    Args:
+        array: The array.
+        dtype: The dtype's name.
+
+    Returns:
+        The converted array.
+
+    Raises:
+        ValueError: A whole number does not fit.
+    """
+    target = dtype_named(dtype)
+    result = array.astype(target)
+    if target.kind in "iu" and not np.array_equal(result, array):
+        raise ValueError(f"it has a number that does not fit into {dtype}")
+    return result
 
 
 def encode_into(tensor: pb.Tensor, array: npt.ArrayLike) -> None:

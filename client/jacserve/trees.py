@@ -44,8 +44,8 @@ def _children(tree: Any) -> Iterator[tuple[str | int, Any]]:
         tree = tree._asdict()
     if isinstance(tree, Mapping):
         for key, child in cast("Mapping[Any, Any]", tree).items():
-            if not isinstance(key, str):
-                raise TypeError(f"dictionary key {key!r} is not a string")
+            if not isinstance(key, str) or not key.isprintable():
+                raise TypeError(f"dictionary key {key!r} is not a printable string")
             yield key, child
     elif isinstance(tree, tuple | list):
         yield from enumerate(cast("Iterable[Any]", tree))

@@ -109,6 +109,11 @@ def _read_dimension(token: str) -> Dimension:
         token = fixed
     if token.isdecimal():
         return int(token)
+    if not any(character.isalnum() for character in token.replace("...", "")):
+        raise DimensionError(
+            f"dimension {token!r} stands alone. Write expressions without spaces, "
+            'such as "n-1"'
+        )
     if "..." in token or token[0] in "*#?_":
         raise DimensionError(
             f"dimension {token!r} has no size that a query binds. Use a number, a "

@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -61,8 +60,15 @@ def serve(
         settings = Config.load(config, host=host, port=port, device=device)
     except ValidationError as error:
         _fail("\n".join(_settings_problems(error)))
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         _fail(f"{config} can't be read: {error}")
+    for name in os.environ:
+        setting = name.removeprefix("JACSERVE_").lower()
+        if name.startswith("JACSERVE_") and setting not in {
+            *Config.model_fields,
+            "target",
+        }:
+            print(f"jacserve: {name} is not a setting; ignored.", file=sys.stderr)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("jacserve_server").setLevel(settings.log_level.upper())
     try:

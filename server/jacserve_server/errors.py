@@ -114,9 +114,13 @@ def clipped(text: str, size: int) -> str:
     return f"{start.decode(errors='ignore')} ... {end.decode(errors='ignore')}"
 
 
-_DIRECTORIES = re.compile(
-    r"(?<![\w:/.])(?:[A-Za-z]:\\|/)(?:[^\s/\\'\",;:()]+[/\\])+", re.ASCII
+# Web addresses stay as they are; of a path, only the last part does.
+_PATHS = re.compile(
+    r"(?P<address>\bhttps?://\S+)"
+    r"|(?<![\w.])(?:[A-Za-z]:\\|/+)(?:[^\s/\\'\",;:()]+[/\\])+",
+    re.ASCII,
 )
+_CALLBACK = "CpuCallback error calling callback: Traceback (most recent call last):\n"
 
 
 def describe_exception(error: BaseException) -> str:
@@ -126,15 +130,19 @@ def describe_exception(error: BaseException) -> str:
         error: What the function, or JAX while it traced or ran it, raised.
 
     Returns:
-        Type and text, with directories taken out of file names, and of a traceback
-        only what it ends with.
+        Type and text, with directories taken out of file names.
     """
     try:
         text = str(error).strip()
-    except Exception:
+    # The text is made by the exception's own code, which may raise anything.
+    except BaseException:
         text = ""
-    if "Traceback (most recent call last)" in text:
-        # What a callback raised while the program ran says its type itself.
-        return _DIRECTORIES.sub("", re.split(r"\n(?=\S)", text)[-1])
-    text = clipped(_DIRECTORIES.sub("", text), _MESSAGE_BYTES - 300)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    text = _PATHS.sub(lambda match: match["address"] or "", text)
+    if _CALLBACK in text:
+        # What a callback raised follows its frames, which are indented.
+        lines = text.partition(_CALLBACK)[2].splitlines()
+        frames = next((n for n, line in enumerate(lines) if line[:1] != " "), 0)
+        text = "\n".join(lines[frames:])
+    elif text:
+        text = f"{type(error).__name__}: {text}"
+    return clipped(text or type(error).__name__, _MESSAGE_BYTES - 300).rstrip(".")

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import cast
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import jax
 
@@ -24,6 +25,8 @@ from jacserve_server.programs import (
 )
 from jacserve_server.single_flight import SingleFlight
 from jacserve_server.work import Computation, Outcome, ProgramKey, Work
+
+T = TypeVar("T")
 
 
 class DeviceError(Exception):
@@ -68,6 +71,20 @@ def memory_budget(device: Device) -> int:
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return memory * 3 // 4
+
+
+def _contained(call: Callable[..., T], *arguments: Any) -> T:
+    """Calls, and lets nothing but Exceptions out.
+
+    Of the rest, asyncio would end the event loop for a KeyboardInterrupt or a
+    SystemExit; but here these are raised by a registered function, not by Python.
+    """
+    try:
+        return call(*arguments)
+    except Exception:
+        raise
+    except BaseException as error:
+        raise RuntimeError("a registered function tried to end the server") from error
 
 
 class Executor:
@@ -137,13 +154,12 @@ class Executor:
         function = self._find(key.computation.function)
         if key.computation.mode == "auto":
             shapes = without_quantities(key.computation)
-            mode = await self._modes.get(shapes, lambda: choose_mode(function, shapes))
+            mode = await self._modes.get(
+                shapes, partial(_contained, choose_mode, function, shapes)
+            )
             key = replace(key, computation=replace(key.computation, mode=mode))
-        decided = key
-        return await self._programs.get(
-            decided,
-            lambda: compile_program(function, decided, self._device, self._limits),
-        )
+        compiling = partial(compile_program, function, key, self._device, self._limits)
+        return await self._programs.get(key, partial(_contained, compiling))
 
     async def run(self, program: Program, work: Work) -> Outcome:
         """Runs a program in a thread of the device.
@@ -160,7 +176,7 @@ class Executor:
         """
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
-            self._device_threads, self._run, program, work
+            self._device_threads, _contained, self._run, program, work
         )
 
     def close(self) -> None:

@@ -81,7 +81,10 @@ class _Source:
             raise
         except _TargetError as error:
             raise RegistrationError(f"{self._label}: {error}") from error
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        # A file may raise anything, SystemExit included.
+        except BaseException as error:
             raise RegistrationError(
                 f"{self._label}: importing it failed{_place(error)}: "
                 f"{type(error).__name__}: {error}. Run it with python to see more."
@@ -116,7 +119,11 @@ def _import(target: str) -> ModuleType | Registry:
     path = Path(target)
     if path.suffix == ".py" or path.is_file():
         return _import_file(path)
+    if path.is_dir():
+        raise _TargetError("it is a directory. Name the files in it that you mean.")
     name, _, attribute = target.partition(":")
+    if name.endswith(".py"):
+        raise _TargetError(f"all of a file is served. Leave out :{attribute}.")
     # As `python -m MODULE` does, so that a module of this folder is found.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -153,18 +160,24 @@ def _import_file(path: Path) -> ModuleType:
         sys.path.insert(0, str(path.parent))
     # Under its path, because two files of the same name are two modules.
     name = str(path)
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise _TargetError("it is not a Python file. Name one that ends in .py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 
 def _place(error: BaseException) -> str:
     """Says at which line of the user's code an import failed."""
-    if isinstance(error, SyntaxError):
+    if isinstance(error, SyntaxError) and error.lineno is not None:
         return f" at line {error.lineno}"
     libraries = (*sysconfig.get_paths().values(), "<", __file__)
     for frame in reversed(traceback.extract_tb(error.__traceback__)):

@@ -23,6 +23,8 @@ from jacserve_server.query import Query
 from jacserve_server.signature import Dimension, FunctionSpec
 from jacserve_server.work import Outcome
 
+_MOST_ENTRIES = 1000
+
 
 def decode_query(message: pb.Query) -> Query:
     """Decodes a query from anywhere.
@@ -36,6 +38,16 @@ def decode_query(message: pb.Query) -> Query:
     Raises:
         ServiceError: A field has no valid value, or a tensor is malformed.
     """
+    for field in ("quantities", "wrt", "inputs"):
+        count = len(getattr(message, field))
+        if count > _MOST_ENTRIES:
+            raise ServiceError(
+                "MALFORMED_REQUEST",
+                f"{field} has {count} entries, and at most {_MOST_ENTRIES} are "
+                "allowed. Name each once.",
+                field=field,
+                entries=count,
+            )
     if not message.quantities:
         raise ServiceError(
             "MALFORMED_REQUEST",

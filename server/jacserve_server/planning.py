@@ -6,7 +6,7 @@ memory or device time is spent.
 
 from dataclasses import dataclass
 
-from jacserve.tensors import Array, dtype_named, format_shape
+from jacserve.tensors import Array, cast_target, converted, format_shape
 from jacserve_server.errors import ServiceError
 from jacserve_server.quantities import QUANTITIES, in_order
 from jacserve_server.query import Query
@@ -66,11 +66,13 @@ def plan(query: Query, function: FunctionSpec) -> Work:
         )
     specs = [QUANTITIES[quantity] for quantity in query.quantities]
     has_derivative = any(spec.is_derivative for spec in specs)
+    _check_wrt(query, given, function)
+    wrt = _differentiated(query, given, function) if has_derivative else ()
     mode = function.preferred_mode if query.mode == "auto" else query.mode
     computation = Computation(
         function=function.qualified_name,
         quantities=in_order(query.quantities),
-        wrt=_differentiated(query, given, function) if has_derivative else (),
+        wrt=wrt,
         # Whether the mode exists depends on wrt and dtypes: tracing will show.
         mode=mode if has_derivative else None,
         layout=query.layout if any(spec.has_layout for spec in specs) else "matrix",
@@ -136,33 +138,24 @@ def _matched(query: Query, function: FunctionSpec) -> list[_Given]:
     return [given[name] for name in arguments]
 
 
-_RANKS = ("bool", "int", "float", "complex")
-
-
-def _rank(dtype: str) -> int:
-    """Orders the kinds of dtypes by what they can hold."""
-    bare = dtype.removeprefix("u").removeprefix("b") if dtype != "bool" else dtype
-    return next(rank for rank, kind in enumerate(_RANKS) if bare.startswith(kind))
-
-
 def _with_dtype(match: _Given, cast: bool, function: FunctionSpec) -> _Given:
     argument, dtype = match.argument, match.array.dtype.name
     if dtype in argument.dtypes:
         return match
-    widest = argument.dtypes[0]
-    is_castable = _rank(dtype) <= _rank(widest)
-    if cast and is_castable:
-        converted = match.array.astype(dtype_named(widest))
-        return _Given(argument, converted, match.field)
+    target = cast_target(dtype, argument.dtypes)
+    remedy = "Convert it yourself, if you mean to lose what it can't hold."
+    if target is not None:
+        remedy = f"Convert it, or set cast to have it converted to {target}."
+    if target is not None and cast:
+        try:
+            array = converted(match.array, target)
+            return _Given(argument, array, match.field)
+        except ValueError as error:
+            remedy = f"It can't be converted: {error}."
     raise ServiceError(
         "DTYPE_MISMATCH",
         f"{argument.name} is {dtype}, but {function.resource} takes "
-        f"{', '.join(argument.dtypes)}. "
-        + (
-            f"Convert it, or set cast to have it converted to {widest}."
-            if is_castable
-            else "Convert it yourself, if you mean to lose what it can't hold."
-        ),
+        f"{', '.join(argument.dtypes)}. {remedy}",
         field=f"{match.field}.dtype",
         function=function.resource,
         argument=argument.name,
@@ -254,20 +247,16 @@ def _conflict(
     )
 
 
-def _differentiated(
-    query: Query, given: list[_Given], function: FunctionSpec
-) -> tuple[str, ...]:
-    """Returns the arguments to differentiate with respect to."""
+def _check_wrt(query: Query, given: list[_Given], function: FunctionSpec) -> None:
     dtypes = {match.argument.name: match.array.dtype.name for match in given}
-    differentiable = [name for name, dtype in dtypes.items() if dtype in INEXACT]
     for place, argument in enumerate(query.wrt):
         problem = None
         if argument not in dtypes:
             problem = (
-                f"wrt names {argument}, but {function.resource} takes "
+                f"wrt names {argument or 'nothing'}, but {function.resource} takes "
                 f"{', '.join(dtypes)}. Use these names."
             )
-        elif argument not in differentiable:
+        elif dtypes[argument] not in INEXACT:
             problem = (
                 f"wrt names {argument}, which is {dtypes[argument]}: only real and "
                 "complex arguments have derivatives. Leave it out of wrt."
@@ -284,8 +273,16 @@ def _differentiated(
                 dtype=dtypes.get(argument, ""),
                 declared=", ".join(dtypes),
             )
-    wrt = query.wrt or tuple(differentiable)
-    if not wrt:
+
+
+def _differentiated(
+    query: Query, given: list[_Given], function: FunctionSpec
+) -> tuple[str, ...]:
+    """Returns the arguments to differentiate with respect to."""
+    differentiable = tuple(
+        match.argument.name for match in given if match.array.dtype.name in INEXACT
+    )
+    if not differentiable:
         raise ServiceError(
             "QUANTITY_UNSUPPORTED",
             f"{function.resource} has no real or complex argument to differentiate. "
@@ -293,4 +290,4 @@ def _differentiated(
             field="quantities",
             function=function.resource,
         )
-    return wrt
+    return query.wrt or differentiable

@@ -18,7 +18,7 @@ from jacserve_server.catalog import RegisteredFunction
 from jacserve_server.errors import ServiceError, describe_exception
 from jacserve_server.tracing import abstract_results, mode_problem, x64
 from jacserve_server.transforms import COMPUTE
-from jacserve_server.transforms.point import FunctionError, Point, is_inexact
+from jacserve_server.transforms.point import FunctionError, Leaf, Point, is_inexact
 from jacserve_server.work import Computation, InputSpec, ProgramKey
 
 # Type checkers see a variable in what is a class.
@@ -46,7 +46,7 @@ class Program:
     Attributes:
         key: What it computes; the mode is decided.
         outline: Quantity and path of each of its arrays.
-        row_bytes: Bytes of the result for each row, or of all of it for one point.
+        row_bytes: Bytes of one point's result.
     """
 
     key: ProgramKey
@@ -71,9 +71,9 @@ class Program:
         try:
             with x64(self.key.computation.inputs):
                 arrays, finite = jax.block_until_ready(self._executable(*inputs))
-        except jax.errors.JaxRuntimeError as error:
+            return [np.asarray(array) for array in arrays], np.asarray(finite)
+        except Exception as error:
             raise _execution_error(self.key, error) from error
-        return [np.asarray(array) for array in arrays], np.asarray(finite)
 
 
 def choose_mode(function: RegisteredFunction, computation: Computation) -> Mode:
@@ -84,7 +84,9 @@ def choose_mode(function: RegisteredFunction, computation: Computation) -> Mode:
         computation: What is wanted of it.
 
     Returns:
-        "forward" when n <= m, else "reverse"; the other where that does not exist.
+        "forward" when n <= m, or when a result is of a wider dtype than an argument,
+        whose precision reverse mode would lose; else "reverse". The other where that
+        does not exist.
 
     Raises:
         ServiceError: The function can't be traced for these shapes, or has no mode.
@@ -96,7 +98,9 @@ def choose_mode(function: RegisteredFunction, computation: Computation) -> Mode:
     except FunctionError as error:
         raise _trace_error(function, error) from error
     m = sum(math.prod(leaf.array.shape) for leaf in leaves if is_inexact(leaf.array))
-    modes: list[Mode] = ["forward", "reverse"] if n <= m else ["reverse", "forward"]
+    modes: list[Mode] = ["forward", "reverse"]
+    if m < n and not _widens(computation, wrt, leaves):
+        modes.reverse()
     for mode in modes:
         if mode in function.spec.modes:
             return mode
@@ -116,6 +120,18 @@ def choose_mode(function: RegisteredFunction, computation: Computation) -> Mode:
         field="mode",
         function=function.spec.resource,
         wrt=", ".join(computation.wrt),
+    )
+
+
+def _widens(
+    computation: Computation, wrt: list[tuple[int, str]], leaves: list[Leaf]
+) -> bool:
+    dtypes = [dtype_named(computation.inputs[place].dtype) for place, _ in wrt]
+    return any(
+        jnp.promote_types(leaf.array.dtype, dtype) != dtype
+        for leaf in leaves
+        if is_inexact(leaf.array)
+        for dtype in dtypes
     )
 
 
@@ -158,11 +174,7 @@ def compile_program(
         # A function may raise anything, SystemExit included.
         except BaseException as error:
             raise _explained(function, key, error) from error
-        arrays, _ = lowered.out_info
-        row_bytes = sum(
-            math.prod(array.shape[key.bucket is not None :]) * array.dtype.itemsize
-            for array in arrays
-        )
+        row_bytes = _row_bytes(lowered.out_info[0], key)
         # The smallest batch that this bucket serves.
         check_result_size(
             function.spec.resource,
@@ -183,6 +195,14 @@ def compile_program(
     return Program(key, tuple(outline), row_bytes, executable)
 
 
+def _row_bytes(arrays: Sequence[Any], key: ProgramKey) -> int:
+    """Returns the bytes of one point's result."""
+    return sum(
+        math.prod(array.shape[key.bucket is not None :]) * array.dtype.itemsize
+        for array in arrays
+    )
+
+
 def check_result_size(
     resource: str, row_bytes: int, batch: int | None, limits: Limits
 ) -> None:
@@ -197,8 +217,10 @@ def check_result_size(
     Raises:
         ServiceError: The result is larger.
     """
-    points = 1 if batch is None else batch
-    if row_bytes * points > limits.result_bytes:
+    # Even an empty batch has axes that numpy must be able to hold; and a point
+    # without results still has a flag that they are finite.
+    points = batch or 1
+    if max(row_bytes, 1) * points > limits.result_bytes:
         raise ServiceError(
             "RESULT_TOO_LARGE",
             f"the result of {resource} at {points} points would take "
@@ -325,7 +347,7 @@ def _trace_error(function: RegisteredFunction, error: BaseException) -> ServiceE
 def _text(error: BaseException) -> str:
     if isinstance(error, FunctionError):
         return str(error).rstrip(".")
-    return describe_exception(error).rstrip(".")
+    return describe_exception(error)
 
 
 def _check_memory(

@@ -56,6 +56,12 @@ def build_catalog(registries: Iterable[Registry]) -> Catalog:
     Raises:
         RegistrationError: Functions can't be served; the error has every problem.
     """
+    for setting in ("jax_disable_jit", "jax_debug_nans", "jax_debug_infs"):
+        if getattr(jax.config, setting):
+            raise RegistrationError(
+                f"{setting} is on, with which no program can be served. Leave it out "
+                "of the files that register functions, and out of the environment."
+            )
     functions: list[RegisteredFunction] = []
     problems: list[str] = []
     seen: dict[str, Declaration] = {}
@@ -132,6 +138,7 @@ def _trace_somewhere(
             f"{', '.join(symbols) or 'all fixed'}. Name only these."
         )
     failures: list[str] = []
+    is_traced = False
     trials = trial_sizes(tuple(s for s in symbols if s not in sizes))
     for trial in ({**trial, **sizes} for trial in trials):
         try:
@@ -143,13 +150,15 @@ def _trace_somewhere(
             InputSpec(shape, _traced_dtype(argument), is_batched=False)
             for argument, shape in zip(signature.arguments, shapes, strict=True)
         ]
+        is_traced = True
         try:
             return inputs, abstract_results(call, inputs)
         except FunctionError as error:
-            where = ", ".join(f"{symbol} = {size}" for symbol, size in trial.items())
-            failures.append(
-                f"tracing it{f' at {where}' if where else ''} failed: {error}."
-            )
+            sizes_text = ", ".join(f"{s} = {size}" for s, size in trial.items())
+            where = f" at {sizes_text}" if trial else ""
+            failures.append(f"tracing it{where} failed: {str(error).rstrip('.')}.")
+    if not is_traced:
+        raise _UnfitError(failures[0])
     remedy = "Mend it so that JAX can trace it with jax.jit"
     if len(symbols) > len(sizes):
         remedy += ", or pass sizes= with sizes of its symbolic dimensions that suit it"
@@ -208,6 +217,8 @@ def _result_shapes(
                 *symbolic,
             )
     except Exception:
+        return tuple((leaf.path, (None,) * leaf.array.ndim) for leaf in leaves)
+    if len(arrays) != len(leaves):  # It returns other things at other sizes.
         return tuple((leaf.path, (None,) * leaf.array.ndim) for leaf in leaves)
     return tuple(
         (leaf.path, tuple(d if isinstance(d, int) else str(d) for d in array.shape))

@@ -159,7 +159,7 @@ class Registry:
                     mode=mode,
                     max_batch=max_batch,
                     batchable=batchable,
-                    sizes=dict(sizes or {}),
+                    sizes={} if sizes is None else sizes,
                 )
             )
             return function
@@ -189,16 +189,31 @@ def duplicate_problem(earlier: Declaration) -> str:
 
 
 def _find_problem(declaration: Declaration) -> str | None:
-    version, most = declaration.version, declaration.max_batch
-    if not _NAME.fullmatch(declaration.name):
+    name, version, most = declaration.name, declaration.version, declaration.max_batch
+    sizes = declaration.sizes
+    if not callable(declaration.function):
         return (
-            f"{declaration.name!r} is not a valid name. Pass name= with letters, "
-            "digits, '_', '-' and '.', a letter first."
+            f"{declaration.function!r} is not a function. Use @registry.function, or "
+            "@registry.function(name=...)."
+        )
+    if not name:
+        return "it has no name of its own. Pass name=."
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        return (
+            f"{name!r} is not a valid name. Pass name= with letters, digits, '_', '-' "
+            "and '.', a letter first."
         )
     if type(version) is not int or not 1 <= version < 2**31:
         return f"version is {version!r}. Pass a whole number from 1."
-    if declaration.mode not in MODE_OPTIONS:
+    if declaration.mode not in (*MODE_OPTIONS,):
         return f"mode is {declaration.mode!r}. Pass one of {', '.join(MODE_OPTIONS)}."
     if most is not None and (type(most) is not int or most < 1):
         return f"max_batch is {most!r}. Pass a whole number from 1, or None."
+    if type(declaration.batchable) is not bool:
+        return f"batchable is {declaration.batchable!r}. Pass True or False."
+    if not isinstance(sizes, Mapping) or not all(
+        isinstance(symbol, str) and type(size) is int and size >= 0
+        for symbol, size in sizes.items()
+    ):
+        return f'sizes is {sizes!r}. Pass whole numbers by name, such as {{"n": 784}}.'
     return None

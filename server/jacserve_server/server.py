@@ -1,7 +1,9 @@
 """A running server: gRPC, health and reflection around the service."""
 
 import asyncio
+import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -95,14 +97,16 @@ class Server:
         Raises:
             AddressError: The address can't be listened on.
         """
-        host, port = self._config.host, self._config.port
+        host, port = self._config.host.strip("[]"), self._config.port
         address = f"[{host}]" if ":" in host else host
         try:
+            _try_to_bind(host, port)
             bound = self._server.add_insecure_port(f"{address}:{port}")
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
             raise AddressError(
-                f"can't listen on {address}:{port}. Another program may hold the "
-                "port: pass another with --port, or 0 for a free one."
+                f"can't listen on {address}:{port}: {reason}. Pass another --port, or "
+                "0 for a free one; --host takes an address of this machine."
             ) from error
         await self._server.start()
         for name in ("", _SERVICE):
@@ -155,8 +159,8 @@ async def serve_until_signal(
     on_start(await server.start())
     await stopping.wait()
     for number in (signal.SIGTERM, signal.SIGINT):
-        # The second one ends the process at once.
-        loop.remove_signal_handler(number)
+        # A second one ends the process at once, whatever its threads do.
+        loop.add_signal_handler(number, os._exit, 128 + number)
     return await server.stop()
 
 
@@ -181,6 +185,16 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     except ImportError:
         return None
     return uvloop.new_event_loop
+
+
+def _try_to_bind(host: str, port: int) -> None:
+    """Raises the OSError that gRPC would only write to stderr."""
+    [(family, kind, _, _, address), *_] = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM
+    )
+    with socket.socket(family, kind) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(address)
 
 
 @dataclass(frozen=True, slots=True)

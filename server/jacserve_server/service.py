@@ -69,7 +69,8 @@ class JacobianService(pb_grpc.JacobianServiceServicer):
                 field="page_size",
                 page_size=size,
             )
-        if token and not (token.isdecimal() and 0 < int(token[:9]) < len(specs)):
+        tokens = {str(place) for place in range(1, len(specs))}
+        if token and token not in tokens:
             raise ServiceError(
                 "MALFORMED_REQUEST",
                 "page_token is not one that this server gave out. Pass the "

@@ -160,6 +160,8 @@ def size_of(dimension: Dimension, sizes: Mapping[str, int]) -> int:
     """
     if isinstance(dimension, int):
         return dimension
+    if dimension in sizes:  # Also where the name is a keyword, such as "in".
+        return sizes[dimension]
     try:
         size = _evaluate(ast.parse(dimension, mode="eval").body, sizes)
     except (SyntaxError, ZeroDivisionError) as error:

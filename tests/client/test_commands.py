@@ -16,7 +16,7 @@ FUNCTIONS = Path(__file__).parents[2] / "examples" / "functions.py"
 X = [2.0, 0.5, 1.0]
 EXTRA = """
 import jax.numpy as jnp
-from jaxtyping import Array, Complex, Float, Int
+from jaxtyping import Array, BFloat16, Complex, Float, Int
 from jacserve_server import Registry
 
 registry = Registry()
@@ -24,6 +24,10 @@ registry = Registry()
 @registry.function
 def rotate(z: Complex[Array, "2"], k: Int[Array, ""]) -> Complex[Array, "2"]:
     return z * 1j ** k
+
+@registry.function
+def halves(x: BFloat16[Array, "n"]) -> BFloat16[Array, "n"]:
+    return x / 2
 
 @registry.function
 def reciprocal(x: Float[Array, "2"]) -> dict:
@@ -146,10 +150,24 @@ def test_nan_is_pointed_out(jacserve) -> None:
         (["eval", "spherical", "-i", str(X), "-o", "a.npy"], "holds one array"),
         (["eval", "spherical", "-i", str(X), "-o", "a.txt"], "neither .npy nor .npz"),
         (["eval", "rotate", "-i", "[1, 2]", "-i", "k=1"], "all inputs by name"),
+        (["eval", "spherical", "-i", "x=[1]", "-i", "x=[2]"], "given twice"),
+        (["eval", "rotate", "-i", "z=[1, 2]", "-i", "k=1.5"], "it has float64"),
+        (["eval", "rotate", "-i", "z=[1]", "-i", f"k={2**63}"], "int64 or int32"),
+        (["eval", "spherical", "-i", '["1+2j"]'], "it has complex128"),
+        (["eval", "spherical", "-i", "[null, 1, 2]"], "neither JSON text"),
+        (["eval", "spherical", "-i", "[" * 9999], "neither JSON text"),
+        (["eval", "spherical", "-i", str(X), "--dtype", "foo"], "no dtype foo"),
+        (["eval", "spherical", "-i", "broken.npz"], "broken.npz can't be read"),
+        (["eval", "spherical", "-i", "text.npy"], "<U1, which can't be sent"),
+        (["eval", "halves", "-i", "[1]", "-o", "a.npz"], "can't hold bfloat16"),
         (["functions", "--target", "127.0.0.1:1"], "No server answers"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(jacserve, arguments, words: str) -> None:
+def test_what_is_wrong_is_said_in_one_line(
+    jacserve, tmp_path: Path, arguments, words: str
+) -> None:
+    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 and no more")
+    np.save(tmp_path / "text.npy", np.array(["a"]))
     done = jacserve(*arguments, code=1)
     assert words in done.stderr
     assert done.stdout == ""

@@ -77,14 +77,16 @@ def test_no_server_is_a_connection_error_that_says_what_to_do() -> None:
         ("in /home/me/lib/a.py:3", "ValueError: in a.py:3"),
         ('File "/home/me/a.py", line 3', 'ValueError: File "a.py", line 3'),
         (r"C:\Users\me\a.py", "ValueError: a.py"),
+        ("in file:///home/me/a.py", "ValueError: in file:a.py"),
         (
             "see https://docs.jax.dev/en/a.html",
             "ValueError: see https://docs.jax.dev/en/a.html",
         ),
-        ("y" * 5000, "ValueError: " + "y" * 347 + " ... " + "y" * 347),
+        ("y" * 5000, "ValueError: " + "y" * 335 + " ... " + "y" * 347),
         (
-            'Traceback (most recent call last):\n  File "/a/b.py"\nOSError: at /a/b',
-            "OSError: at b",
+            "INTERNAL: CpuCallback error calling callback: Traceback (most recent "
+            'call last):\n  File "/a/b.py", line 3\nOSError: at /a/b\nand more',
+            "OSError: at b\nand more",
         ),
     ],
 )

@@ -9,7 +9,12 @@ TREES = st.recursive(
     st.integers(),
     lambda children: st.one_of(
         st.lists(children, min_size=1, max_size=3).map(tuple),
-        st.dictionaries(st.text(max_size=3), children, min_size=1, max_size=3),
+        st.dictionaries(
+            st.text(max_size=3).filter(str.isprintable),
+            children,
+            min_size=1,
+            max_size=3,
+        ),
     ),
     max_leaves=12,
 )

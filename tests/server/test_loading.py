@@ -48,6 +48,11 @@ def test_files_modules_and_attributes(write) -> None:
     assert names(file, "some_package.inner") == ["f", "g"]
 
 
+def test_a_file_named_twice_is_loaded_once(write) -> None:
+    file = write("twice.py", GOOD.format(name="f"))
+    assert names(file, file) == ["f"]
+
+
 def test_two_files_of_one_name_are_two_modules(write) -> None:
     one = write("one/functions.py", GOOD.format(name="f"))
     two = write("two/functions.py", GOOD.format(name="g"))
@@ -106,6 +111,7 @@ def test_nothing_to_serve_is_an_error() -> None:
         ("x = 1\n\ny = 1 / 0\n", r"bad\.py:3: ZeroDivisionError"),
         ("def f(:\n", r"at line 1: SyntaxError"),
         ("raise SystemExit(1)", "SystemExit: 1"),
+        ("class Odd(BaseException): pass\nraise Odd", r"bad\.py:2: Odd"),
         ("x = 1", "registers no functions.*@registry.function"),
         (
             "from jacserve_server import Registry\nregistry = Registry()\n",
@@ -134,7 +140,8 @@ def test_a_file_that_fails_says_where_and_why(write, text: str, words: str) -> N
         ("no.such.module", "no such file or module"),
         ("json:nothing", "no attribute nothing"),
         ("json:dumps", "it is a function"),
-        ("", "no such file or module"),
+        ("tests", "it is a directory"),
+        ("functions.py:registry", "all of a file is served"),
     ],
 )
 def test_a_target_that_is_not_there(target: str, words: str) -> None:

@@ -212,6 +212,14 @@ def branches(x: Float[Array, "3"]):
     return x if x[0] > 0 else -x
 
 
+def narrow(x: Float[Array, "3"]):
+    return x.astype(jnp.float8_e4m3fn)
+
+
+def spaced(x: Float[Array, "n - 1"]):
+    return x
+
+
 def unbound(x: Float[Array, "n+1"]):
     return x
 
@@ -232,10 +240,12 @@ def odd_expression(x: Float[Array, "n"], y: Float[Array, "n**2"]):
         (nothing, ["takes no arguments"]),
         (returns_text, ["it returns a str at result['b']", "Return arrays"]),
         (returns_none, ["it returns no array"]),
-        (numbered, ["dictionary key 1 is not a string"]),
+        (numbered, ["dictionary key 1 is not a printable string"]),
         (raises, ["tracing it failed", "ZeroDivisionError: no luck"]),
         (exits, ["tracing it failed", "SystemExit: 0"]),
         (branches, ["tracing it failed", "TracerBoolConversionError", "jax.jit"]),
+        (narrow, ["returns float8_e4m3fn at result, which can't be sent"]),
+        (spaced, ["'-' stands alone", "without spaces"]),
         (unbound, ["no argument has the dimension 'n' by itself"]),
         (odd_expression, ["'n ** 2' is not a sum"]),
     ],
@@ -282,6 +292,11 @@ def test_a_duplicate_is_refused_within_and_across_registries() -> None:
         ({"version": "2"}, "version is '2'"),
         ({"mode": "sideways"}, "mode is 'sideways'"),
         ({"max_batch": 0}, "max_batch is 0"),
+        ({"batchable": "no"}, "batchable is 'no'"),
+        ({"sizes": {"n": 2.5}}, "sizes is"),
+        ({"sizes": 5}, "sizes is 5"),
+        ({"name": 5}, "5 is not a valid name"),
+        ({"mode": []}, "mode is"),
     ],
 )
 def test_a_bad_option_is_refused_where_it_stands(options, words: str) -> None:
@@ -290,6 +305,35 @@ def test_a_bad_option_is_refused_where_it_stands(options, words: str) -> None:
 
     with pytest.raises(RegistrationError, match=words):
         Registry().function(**options)(f)
+
+
+def test_what_is_not_a_function_is_refused() -> None:
+    with pytest.raises(RegistrationError, match="'polar' is not a function"):
+        Registry().function("polar")  # pyright: ignore
+    with pytest.raises(RegistrationError, match="no name of its own"):
+        Registry().function(functools.partial(build, 1))
+
+
+def test_a_structure_that_differs_between_sizes_has_unknown_shapes() -> None:
+    def pair_or_not(x: Float[Array, "n"]):
+        return (x, x) if isinstance(x.shape[0], int) else x
+
+    assert build(pair_or_not).results == (((0,), (None,)), ((1,), (None,)))
+
+
+def test_a_dimension_may_be_called_in() -> None:
+    def dense(x: Float[Array, "in"], w: Float[Array, "out in"]):
+        return w @ x
+
+    assert build(dense).modes == ("forward", "reverse")
+
+
+def test_settings_under_which_nothing_can_be_served() -> None:
+    with (
+        jax.disable_jit(),
+        pytest.raises(RegistrationError, match="jax_disable_jit is on"),
+    ):
+        build(raises)
 
 
 def test_a_preferred_mode_must_exist() -> None:

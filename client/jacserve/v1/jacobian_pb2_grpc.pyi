@@ -9,8 +9,8 @@ are concatenated along n in the order asked for, several results along m in
 the order declared. A scalar function has a 1 x n row. A batch adds one
 leading axis b to everything: b x m x n.
 
-Every failed call carries a google.rpc.Status in the trailer
-`grpc-status-details-bin` with one google.rpc.ErrorInfo whose domain is
+Every call that reaches the service and fails carries a google.rpc.Status in the
+trailer `grpc-status-details-bin` with one google.rpc.ErrorInfo whose domain is
 "jacserve" and whose reason is the name of an ErrorReason.
 """
 

@@ -29,12 +29,7 @@ def gradient(point: Point, layout: Layout) -> Any:
         )
     if layout == "matrix":
         return point.matrix[0]
-    [(_, blocks)] = point.blocks
-    arguments = point.arguments
-    return by_argument(
-        point,
-        [
-            block.reshape(argument.shape)
-            for block, argument in zip(blocks, arguments, strict=True)
-        ],
-    )
+    # Empty results may stand beside the only number.
+    [blocks] = [blocks for leaf, blocks in point.blocks if leaf.array.size]
+    pairs = zip(blocks, point.arguments, strict=True)
+    return by_argument(point, [block.reshape(x.shape) for block, x in pairs])

@@ -1,5 +1,6 @@
 """A function at one point, differentiated once for all who ask."""
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 from jacserve import trees
 from jacserve.trees import Path
-from jacserve.vocabulary import Mode
+from jacserve.vocabulary import DTYPES, Mode
 from jacserve_server.errors import ServiceError, describe_exception
 
 
@@ -41,10 +42,10 @@ def results(function: Callable[..., Any], inputs: Sequence[Any]) -> list[Leaf]:
     """
     try:
         leaves = list(trees.flatten(function(*inputs)))
-    except KeyboardInterrupt:
-        raise
     # A function may raise anything, SystemExit included.
     except BaseException as error:
+        if _is_ctrl_c(error):
+            raise
         raise FunctionError(f"it raised {describe_exception(error)}") from error
     if not leaves:
         raise FunctionError("it returns no array. Return what is to be differentiated")
@@ -52,13 +53,25 @@ def results(function: Callable[..., Any], inputs: Sequence[Any]) -> list[Leaf]:
     for path, leaf in leaves:
         try:
             arrays.append(Leaf(path, jnp.asarray(leaf)))
-        except (TypeError, ValueError) as error:
+        except Exception as error:
             raise FunctionError(
                 f"it returns a {type(leaf).__name__} at result"
                 f"{trees.format_path(path)}. Return arrays, or tuples and dictionaries "
                 "of arrays"
             ) from error
+        if arrays[-1].array.dtype.name not in DTYPES:
+            raise FunctionError(
+                f"it returns {arrays[-1].array.dtype} at result"
+                f"{trees.format_path(path)}, which can't be sent. Convert it to one of "
+                f"{', '.join(DTYPES)}"
+            )
     return arrays
+
+
+def _is_ctrl_c(error: BaseException) -> bool:
+    # Python raises it in the main thread only; elsewhere it is the function's own.
+    is_main = threading.current_thread() is threading.main_thread()
+    return is_main and isinstance(error, KeyboardInterrupt)
 
 
 def is_inexact(array: Any) -> bool:
