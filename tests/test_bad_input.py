@@ -478,6 +478,16 @@ def test_a_malformed_query_is_refused(
     assert (caught.value.field, caught.value.reason) == (field, reason)
 
 
+def test_a_result_may_be_as_large_as_a_message_whatever_its_padding(
+    client: jacserve.Client,
+) -> None:
+    fits = 2**20 // (9 * 8)
+    assert client.jacobian("triple", np.ones((fits, 3))).shape == (fits, 3, 3)
+    with pytest.raises(jacserve.CapacityError, match=str((fits + 1) * 72)) as caught:
+        client.jacobian("triple", np.ones((fits + 1, 3)))
+    assert caught.value.reason == "RESULT_TOO_LARGE"
+
+
 def test_nan_and_inf_are_delivered_and_flagged(client: jacserve.Client) -> None:
     result = client.evaluate("reciprocal", [0.0, np.nan, 2.0])
     assert not result.finite

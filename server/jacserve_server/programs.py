@@ -13,8 +13,9 @@ from jax.sharding import SingleDeviceSharding
 from jacserve import trees
 from jacserve.tensors import Array, dtype_named
 from jacserve.trees import Path
-from jacserve.vocabulary import MODES, Mode, Quantity
+from jacserve.vocabulary import Mode, Quantity
 from jacserve_server.catalog import RegisteredFunction
+from jacserve_server.diagnosis import execution_error, explained, trace_error
 from jacserve_server.errors import ServiceError, describe_exception
 from jacserve_server.tracing import abstract_results, mode_problem, x64
 from jacserve_server.transforms import COMPUTE
@@ -73,7 +74,7 @@ class Program:
                 arrays, finite = jax.block_until_ready(self._executable(*inputs))
             return [np.asarray(array) for array in arrays], np.asarray(finite)
         except Exception as error:
-            raise _execution_error(self.key, error) from error
+            raise execution_error(self.key, error) from error
 
 
 def choose_mode(function: RegisteredFunction, computation: Computation) -> Mode:
@@ -96,7 +97,7 @@ def choose_mode(function: RegisteredFunction, computation: Computation) -> Mode:
     try:
         leaves = abstract_results(function.call, computation.inputs)
     except FunctionError as error:
-        raise _trace_error(function, error) from error
+        raise trace_error(function, error) from error
     m = sum(math.prod(leaf.array.shape) for leaf in leaves if is_inexact(leaf.array))
     modes: list[Mode] = ["forward", "reverse"]
     if m < n and not _widens(computation, wrt, leaves):
@@ -173,7 +174,8 @@ def compile_program(
             raise
         # A function may raise anything, SystemExit included.
         except BaseException as error:
-            raise _explained(function, key, error) from error
+            wrt = _wrt(function, computation)
+            raise explained(function, key, wrt, error) from error
         row_bytes = _row_bytes(lowered.out_info[0], key)
         # The smallest batch that this bucket serves.
         check_result_size(
@@ -294,62 +296,6 @@ def _batched(
     return one_by_one
 
 
-def _explained(
-    function: RegisteredFunction, key: ProgramKey, error: BaseException
-) -> ServiceError:
-    """Finds out what it was that could not be traced: f, its derivative or a batch."""
-    computation = key.computation
-    try:
-        abstract_results(function.call, computation.inputs)
-    except FunctionError as failure:
-        return _trace_error(function, failure)
-    problem = None
-    if computation.mode in MODES:
-        problem = mode_problem(
-            function.call,
-            computation.inputs,
-            _wrt(function, computation),
-            computation.mode,
-        )
-    if problem:
-        others = [mode for mode in function.spec.modes if mode != computation.mode]
-        return ServiceError(
-            "MODE_UNSUPPORTED",
-            f"mode is {computation.mode}, but {function.spec.resource} can't be "
-            f"differentiated so: {problem}. "
-            + (f"Use {others[0]}, or auto." if others else "Ask for value alone."),
-            field="mode",
-            function=function.spec.resource,
-            mode=computation.mode,
-            modes=", ".join(function.spec.modes),
-        )
-    if key.bucket is None:
-        return _trace_error(function, error)
-    return ServiceError(
-        "TRACE_FAILED",
-        f"{function.spec.resource} works at one point, but not in a batch: "
-        f"{_text(error)}. Send single points, or register it with "
-        "batchable=False.",
-        function=function.spec.resource,
-    )
-
-
-def _trace_error(function: RegisteredFunction, error: BaseException) -> ServiceError:
-    return ServiceError(
-        "TRACE_FAILED",
-        f"{function.spec.resource} can't be traced for these inputs: {_text(error)}. "
-        "Pass inputs that it can take, or mend the function.",
-        function=function.spec.resource,
-        exception=_text(error),
-    )
-
-
-def _text(error: BaseException) -> str:
-    if isinstance(error, FunctionError):
-        return str(error).rstrip(".")
-    return describe_exception(error)
-
-
 def _check_memory(
     resource: str, key: ProgramKey, executable: Any, limits: Limits
 ) -> None:
@@ -371,26 +317,6 @@ def _check_memory(
             program_bytes=needed,
             max_program_bytes=limits.program_bytes,
         )
-
-
-def _execution_error(key: ProgramKey, error: Exception) -> ServiceError:
-    resource = f"functions/{key.computation.function}"
-    text = describe_exception(error)
-    if str(error).startswith("RESOURCE_EXHAUSTED"):
-        return ServiceError(
-            "DEVICE_OUT_OF_MEMORY",
-            f"{resource} does not fit into the device's memory at {key.bucket or 1} "
-            f"points: {text}. Ask for fewer points at once.",
-            function=resource,
-            points=key.bucket or 1,
-        )
-    return ServiceError(
-        "EXECUTION_FAILED",
-        f"{resource} failed while it ran: {text}. Pass inputs that it can take, or "
-        "mend the function.",
-        function=resource,
-        exception=text,
-    )
 
 
 def without_quantities(computation: Computation) -> Computation:
