@@ -77,7 +77,7 @@ def local_jacobian(animal: Animal, mode: str, point) -> np.ndarray:
 
 @pytest.mark.parametrize(("animal", "mode", "dtype"), CASES)
 def test_the_jacobian_agrees(
-    client: jacserve.Client, animal: Animal, mode: jacserve.Mode, dtype: str
+    client: jacserve.Client, animal: Animal, mode: jacserve.ModeOption, dtype: str
 ) -> None:
     points = sample(animal, dtype)
     relative = tolerance(animal, dtype)

@@ -169,7 +169,7 @@ def test_float32_and_float64_keep_their_own_precision_side_by_side(
 
 @pytest.mark.parametrize("mode", ["forward", "reverse"])
 def test_mixed_dtypes_give_the_wider_derivative_in_either_mode(
-    client: jacserve.Client, mode: jacserve.Mode
+    client: jacserve.Client, mode: jacserve.ModeOption
 ) -> None:
     x, y = np.array([1.5, 2.5], "f"), np.array([0.1, 0.2])
     result = client.evaluate("mixed", (x, y), mode=mode)

@@ -508,7 +508,7 @@ def test_unspecified_mode_and_layout_mean_the_defaults(
     send: Callable[[pb.Query], pb.Result],
 ) -> None:
     result = send(query())
-    assert result.mode in {pb.MODE_FORWARD, pb.MODE_REVERSE}
+    assert result.outputs[0].mode in {pb.MODE_FORWARD, pb.MODE_REVERSE}
     np.testing.assert_array_equal(
         tensors.decode(result.outputs[0].tensor), 3 * np.eye(3)
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jacserve.queries import Options
+from jacserve.queries import EvaluateOptions
 from jacserve.vocabulary import QUANTITIES
 from jacserve_server.config import Config
 from jacserve_server.loading import load_registries
@@ -62,7 +62,7 @@ def test_the_serving_page_lists_every_setting() -> None:
 def test_the_client_page_lists_every_quantity_and_option() -> None:
     text = (ROOT / "docs/client.md").read_text()
     listed = set(re.findall(r"^\| `(\w+)` \|", text, re.M))
-    options = set(Options.__annotations__)
+    options = set(EvaluateOptions.__annotations__)
     assert listed >= set(QUANTITIES) | options
 
 

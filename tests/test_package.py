@@ -81,6 +81,7 @@ def test_every_rpc_has_a_client_method() -> None:
     methods = {
         "ListFunctions": "functions",
         "GetFunction": "describe",
+        "GetSparsity": "sparsity",
         "Evaluate": "evaluate",
     }
     service = pb.DESCRIPTOR.services_by_name["JacobianService"]

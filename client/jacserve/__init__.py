@@ -18,8 +18,15 @@ from jacserve.errors import (
     ServerError,
     UnavailableError,
 )
-from jacserve.functions import ArgumentInfo, FunctionInfo, ResultInfo
+from jacserve.functions import (
+    ArgumentInfo,
+    FunctionInfo,
+    MeasuredStrategy,
+    ResultInfo,
+    Sparsity,
+)
 from jacserve.results import Result, Timing
+from jacserve.sparse import Pattern, SparseMatrix
 from jacserve.vocabulary import Layout, Mode, ModeOption, Quantity
 
 __all__ = [
@@ -33,16 +40,20 @@ __all__ = [
     "InvalidRequestError",
     "JacobianError",
     "Layout",
+    "MeasuredStrategy",
     "Mode",
     "ModeOption",
     "NonFiniteError",
     "NotFoundError",
     "OverloadedError",
+    "Pattern",
     "PreconditionError",
     "Quantity",
     "Result",
     "ResultInfo",
     "ServerError",
+    "SparseMatrix",
+    "Sparsity",
     "Timing",
     "UnavailableError",
 ]

@@ -1,16 +1,29 @@
 """The asyncio client: the same calls as `Client`, to be awaited."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 import grpc.aio
 
 from jacserve.channels import DEFAULT_TARGET, channel_options
-from jacserve.errors import translated
-from jacserve.functions import FunctionInfo, decode_function
-from jacserve.queries import Inputs, Options, encode_query, timeout_of
+from jacserve.errors import PreconditionError, translated
+from jacserve.functions import (
+    FunctionInfo,
+    Sparsity,
+    decode_function,
+    decode_sparsity,
+)
+from jacserve.queries import (
+    EvaluateOptions,
+    Inputs,
+    Options,
+    encode_query,
+    encode_sparsity_request,
+    timeout_of,
+)
 from jacserve.results import Result, decode_result
+from jacserve.sparse import Pattern, PatternCache
 from jacserve.tensors import Array
 from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
 from jacserve.vocabulary import Quantity
@@ -42,6 +55,7 @@ class AsyncClient:
             target, options=channel_options(target)
         )
         self._stub = pb_grpc.JacobianServiceStub(self._channel)
+        self._patterns = PatternCache()
 
     async def __aenter__(self) -> Self:
         """Returns the client itself."""
@@ -85,20 +99,49 @@ class AsyncClient:
             )
         return decode_function(found)
 
+    async def sparsity(
+        self,
+        function: str,
+        *,
+        sizes: Mapping[str, int] | None = None,
+        wrt: str | Sequence[str] = (),
+        quantity: Quantity = "jacobian",
+        timeout_s: float | None = None,
+    ) -> Sparsity:
+        """Finds where J or H can be other than zero; see `Client.sparsity`."""
+        request = encode_sparsity_request(function, sizes or {}, wrt, quantity)
+        with translated(self._target):
+            found = await self._stub.GetSparsity(
+                request, timeout=timeout_of(timeout_s, self._timeout_s)
+            )
+        return decode_sparsity(found)
+
     async def evaluate(
         self,
         function: str,
         inputs: Inputs,
         *,
         quantities: Quantity | Sequence[Quantity] = ("value", "jacobian"),
-        **options: Unpack[Options],
+        **options: Unpack[EvaluateOptions],
     ) -> Result:
         """Evaluates any set of quantities; see `Client.evaluate`."""
         query = encode_query(function, inputs, quantities, options)
         timeout = timeout_of(options.get("timeout_s"), self._timeout_s)
-        with translated(self._target):
-            answer = await self._stub.Evaluate(query, timeout=timeout)
-        return decode_result(answer)
+        known = self._patterns.name_in(query)
+        try:
+            with translated(self._target):
+                answer = await self._stub.Evaluate(query, timeout=timeout)
+        except PreconditionError as error:
+            if error.reason != "PATTERN_UNKNOWN":
+                raise
+            # The server has other functions than before: ask as if for the first time.
+            self._patterns.forget(query)
+            known = dict[str, Pattern]()
+            with translated(self._target):
+                answer = await self._stub.Evaluate(query, timeout=timeout)
+        result = decode_result(answer, query, known)
+        self._patterns.learn(query, result.patterns)
+        return result
 
     async def value(
         self, function: str, inputs: Inputs, **options: Unpack[Options]
@@ -167,3 +210,81 @@ class AsyncClient:
         return (
             await self.evaluate(function, inputs, quantities="slogdet", **options)
         ).slogdet
+
+    async def jvp(
+        self,
+        function: str,
+        inputs: Inputs,
+        tangents: Inputs,
+        **options: Unpack[Options],
+    ) -> Any:
+        """Evaluates J v [m], by forward mode."""
+        return (
+            await self.evaluate(
+                function, inputs, quantities="jvp", tangents=tangents, **options
+            )
+        ).jvp
+
+    async def vjp(
+        self,
+        function: str,
+        inputs: Inputs,
+        cotangents: Any,
+        **options: Unpack[Options],
+    ) -> Any:
+        """Evaluates u^T J [n], by reverse mode."""
+        return (
+            await self.evaluate(
+                function, inputs, quantities="vjp", cotangents=cotangents, **options
+            )
+        ).vjp
+
+    async def hessian(
+        self, function: str, inputs: Inputs, **options: Unpack[Options]
+    ) -> Any:
+        """Evaluates the Hessian H [n, n] of a scalar function."""
+        return (
+            await self.evaluate(function, inputs, quantities="hessian", **options)
+        ).hessian
+
+    async def hvp(
+        self,
+        function: str,
+        inputs: Inputs,
+        tangents: Inputs,
+        **options: Unpack[Options],
+    ) -> Any:
+        """Evaluates H v [n] of a scalar function."""
+        return (
+            await self.evaluate(
+                function, inputs, quantities="hvp", tangents=tangents, **options
+            )
+        ).hvp
+
+    async def newton_step(
+        self, function: str, inputs: Inputs, **options: Unpack[Options]
+    ) -> Any:
+        """Evaluates s [n] with J s = -f(x), by least squares when m != n."""
+        return (
+            await self.evaluate(function, inputs, quantities="newton_step", **options)
+        ).newton_step
+
+    async def singular_values(
+        self, function: str, inputs: Inputs, **options: Unpack[Options]
+    ) -> Array:
+        """Evaluates the singular values of J, the largest first."""
+        return (
+            await self.evaluate(
+                function, inputs, quantities="singular_values", **options
+            )
+        ).singular_values
+
+    async def condition_number(
+        self, function: str, inputs: Inputs, **options: Unpack[Options]
+    ) -> Array:
+        """Evaluates the largest singular value of J over the smallest."""
+        return (
+            await self.evaluate(
+                function, inputs, quantities="condition_number", **options
+            )
+        ).condition_number

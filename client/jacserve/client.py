@@ -1,16 +1,29 @@
 """The blocking client."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 import grpc
 
 from jacserve.channels import DEFAULT_TARGET, channel_options
-from jacserve.errors import translated
-from jacserve.functions import FunctionInfo, decode_function
-from jacserve.queries import Inputs, Options, encode_query, timeout_of
+from jacserve.errors import PreconditionError, translated
+from jacserve.functions import (
+    FunctionInfo,
+    Sparsity,
+    decode_function,
+    decode_sparsity,
+)
+from jacserve.queries import (
+    EvaluateOptions,
+    Inputs,
+    Options,
+    encode_query,
+    encode_sparsity_request,
+    timeout_of,
+)
 from jacserve.results import Result, decode_result
+from jacserve.sparse import Pattern, PatternCache
 from jacserve.tensors import Array
 from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
 from jacserve.vocabulary import Quantity
@@ -57,6 +70,7 @@ class Client:
         self._timeout_s = timeout_s
         self._channel = grpc.insecure_channel(target, options=channel_options(target))
         self._stub = pb_grpc.JacobianServiceStub(self._channel)
+        self._patterns = PatternCache()
 
     def __enter__(self) -> Self:
         """Returns the client itself."""
@@ -120,13 +134,46 @@ class Client:
             )
         return decode_function(found)
 
+    def sparsity(
+        self,
+        function: str,
+        *,
+        sizes: Mapping[str, int] | None = None,
+        wrt: str | Sequence[str] = (),
+        quantity: Quantity = "jacobian",
+        timeout_s: float | None = None,
+    ) -> Sparsity:
+        """Finds where J or H can be other than zero, whatever the point.
+
+        Args:
+            function: Its name.
+            sizes: Sizes of its symbolic dimensions; 32 for those left out.
+            wrt: Names of the arguments to differentiate with respect to; all by
+                default.
+            quantity: "jacobian", or "hessian" of a scalar function.
+            timeout_s: Seconds for the call.
+
+        Returns:
+            The pattern, and how many products give the whole matrix.
+
+        Raises:
+            InvalidRequestError: The sparsity can't be found; the message says why.
+            PreconditionError: The server has no jacserve[sparse].
+        """
+        request = encode_sparsity_request(function, sizes or {}, wrt, quantity)
+        with translated(self._target):
+            found = self._stub.GetSparsity(
+                request, timeout=timeout_of(timeout_s, self._timeout_s)
+            )
+        return decode_sparsity(found)
+
     def evaluate(
         self,
         function: str,
         inputs: Inputs,
         *,
         quantities: Quantity | Sequence[Quantity] = ("value", "jacobian"),
-        **options: Unpack[Options],
+        **options: Unpack[EvaluateOptions],
     ) -> Result:
         """Evaluates any set of quantities, in one pass of one compiled program.
 
@@ -134,7 +181,7 @@ class Client:
             function: A registered name.
             inputs: One array, a tuple in declared order, or a mapping by name.
             quantities: What to compute; see `jacserve.Result` for each.
-            **options: See `jacserve.queries.Options`.
+            **options: See `jacserve.queries.EvaluateOptions`.
 
         Returns:
             The quantities, with the mode that ran and the server's timing.
@@ -144,9 +191,21 @@ class Client:
         """
         query = encode_query(function, inputs, quantities, options)
         timeout = timeout_of(options.get("timeout_s"), self._timeout_s)
-        with translated(self._target):
-            answer = self._stub.Evaluate(query, timeout=timeout)
-        return decode_result(answer)
+        known = self._patterns.name_in(query)
+        try:
+            with translated(self._target):
+                answer = self._stub.Evaluate(query, timeout=timeout)
+        except PreconditionError as error:
+            if error.reason != "PATTERN_UNKNOWN":
+                raise
+            # The server has other functions than before: ask as if for the first time.
+            self._patterns.forget(query)
+            known = dict[str, Pattern]()
+            with translated(self._target):
+                answer = self._stub.Evaluate(query, timeout=timeout)
+        result = decode_result(answer, query, known)
+        self._patterns.learn(query, result.patterns)
+        return result
 
     def value(self, function: str, inputs: Inputs, **options: Unpack[Options]) -> Any:
         """Evaluates f(x): an array, or what arrays the function returns."""
@@ -210,3 +269,82 @@ class Client:
     ) -> tuple[Array, Array]:
         """Evaluates the sign of det J and log |det J|, which can't overflow."""
         return self.evaluate(function, inputs, quantities="slogdet", **options).slogdet
+
+    def jvp(
+        self,
+        function: str,
+        inputs: Inputs,
+        tangents: Inputs,
+        **options: Unpack[Options],
+    ) -> Any:
+        """Evaluates J v [m], by forward mode.
+
+        `tangents` is v, [n] or [k, n] for k at once; see EvaluateOptions.
+        """
+        return self.evaluate(
+            function, inputs, quantities="jvp", tangents=tangents, **options
+        ).jvp
+
+    def vjp(
+        self,
+        function: str,
+        inputs: Inputs,
+        cotangents: Any,
+        **options: Unpack[Options],
+    ) -> Any:
+        """Evaluates u^T J [n], by reverse mode.
+
+        `cotangents` is u, [m] or [k, m] for k at once; see EvaluateOptions.
+        """
+        return self.evaluate(
+            function, inputs, quantities="vjp", cotangents=cotangents, **options
+        ).vjp
+
+    def hessian(self, function: str, inputs: Inputs, **options: Unpack[Options]) -> Any:
+        """Evaluates the Hessian H [n, n] of a scalar function.
+
+        In the blocks layout, second derivatives of any function.
+        """
+        return self.evaluate(function, inputs, quantities="hessian", **options).hessian
+
+    def hvp(
+        self,
+        function: str,
+        inputs: Inputs,
+        tangents: Inputs,
+        **options: Unpack[Options],
+    ) -> Any:
+        """Evaluates H v [n] of a scalar function.
+
+        `tangents` is v, [n] or [k, n] for k at once; see EvaluateOptions.
+        """
+        return self.evaluate(
+            function, inputs, quantities="hvp", tangents=tangents, **options
+        ).hvp
+
+    def newton_step(
+        self, function: str, inputs: Inputs, **options: Unpack[Options]
+    ) -> Any:
+        """Evaluates s [n] with J s = -f(x), by least squares when m != n.
+
+        NaN where a square J is singular.
+        """
+        return self.evaluate(
+            function, inputs, quantities="newton_step", **options
+        ).newton_step
+
+    def singular_values(
+        self, function: str, inputs: Inputs, **options: Unpack[Options]
+    ) -> Array:
+        """Evaluates the singular values of J, the largest first."""
+        return self.evaluate(
+            function, inputs, quantities="singular_values", **options
+        ).singular_values
+
+    def condition_number(
+        self, function: str, inputs: Inputs, **options: Unpack[Options]
+    ) -> Array:
+        """Evaluates the largest singular value of J over the smallest."""
+        return self.evaluate(
+            function, inputs, quantities="condition_number", **options
+        ).condition_number

@@ -5,9 +5,18 @@ from dataclasses import dataclass
 from typing import cast
 
 from jacserve import trees
+from jacserve.sparse import Pattern, decode_pattern
 from jacserve.tensors import format_shape
 from jacserve.v1 import jacobian_pb2 as pb
-from jacserve.vocabulary import DTYPES, MODE_OPTIONS, Mode, ModeOption, word
+from jacserve.vocabulary import (
+    DTYPES,
+    MODE_OPTIONS,
+    MODES,
+    Direction,
+    Mode,
+    ModeOption,
+    word,
+)
 
 Shape = tuple[int | str | None, ...]
 
@@ -45,6 +54,44 @@ class ResultInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class MeasuredStrategy:
+    """The fastest of the ways to J that were timed.
+
+    Attributes:
+        inputs: The inputs it was measured at, such as "x: float64[3]".
+        wrt: The arguments differentiated.
+        bucket: The rows of the batch; None for one point.
+        mode: The fastest mode.
+        chunk_size: How many products it makes at once; None for all.
+        speedup: How many times faster it was than the rule by shape.
+    """
+
+    inputs: str
+    wrt: tuple[str, ...]
+    bucket: int | None
+    mode: Mode
+    chunk_size: int | None
+    speedup: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sparsity:
+    """Where a Jacobian or Hessian can be other than zero, whatever the point.
+
+    Attributes:
+        pattern: The pattern.
+        color_count: How many products give the whole matrix.
+        mode: Which: "forward" or "reverse"; "forward_over_reverse" for a Hessian.
+        inputs: The inputs it was found at, such as "u: float32[32]".
+    """
+
+    pattern: Pattern
+    color_count: int
+    mode: Mode
+    inputs: str
+
+
+@dataclass(frozen=True, slots=True)
 class FunctionInfo:
     """A registered function.
 
@@ -58,6 +105,8 @@ class FunctionInfo:
         missing_modes: The modes that it lacks, with the reason of each.
         preferred_mode: What "auto" stands for; "auto" itself when shapes decide.
         max_batch: The most points of one call; None for no limit.
+        measured_strategies: What was measured to be the fastest way to J, and is
+            what "auto" stands for at these inputs.
     """
 
     name: str
@@ -65,10 +114,11 @@ class FunctionInfo:
     documentation: str
     arguments: tuple[ArgumentInfo, ...]
     results: tuple[ResultInfo, ...]
-    modes: tuple[Mode, ...]
-    missing_modes: Mapping[Mode, str]
+    modes: tuple[Direction, ...]
+    missing_modes: Mapping[Direction, str]
     preferred_mode: ModeOption
     max_batch: int | None
+    measured_strategies: tuple[MeasuredStrategy, ...]
 
     @property
     def signature(self) -> str:
@@ -108,15 +158,38 @@ def decode_function(message: pb.Function) -> FunctionInfo:
             )
             for result in message.results
         ),
-        modes=tuple(_mode(mode) for mode in message.modes),
-        missing_modes={_mode(gap.mode): gap.reason for gap in message.missing_modes},
+        modes=tuple(_direction(mode) for mode in message.modes),
+        missing_modes={
+            _direction(gap.mode): gap.reason for gap in message.missing_modes
+        },
         preferred_mode=cast("ModeOption", word(MODE_OPTIONS, message.preferred_mode)),
         max_batch=message.max_batch or None,
+        measured_strategies=tuple(
+            MeasuredStrategy(
+                inputs=measured.inputs,
+                wrt=tuple(measured.wrt),
+                bucket=measured.bucket if measured.HasField("bucket") else None,
+                mode=cast("Mode", word(MODES, measured.mode)),
+                chunk_size=measured.chunk_size or None,
+                speedup=measured.speedup,
+            )
+            for measured in message.measured_strategies
+        ),
     )
 
 
-def _mode(number: int) -> Mode:
-    return cast("Mode", word(MODE_OPTIONS, number))
+def decode_sparsity(message: pb.Sparsity) -> Sparsity:
+    """Decodes a pattern and what it costs."""
+    return Sparsity(
+        pattern=decode_pattern(message.pattern),
+        color_count=message.color_count,
+        mode=cast("Mode", word(MODES, message.mode)),
+        inputs=message.inputs,
+    )
+
+
+def _direction(number: int) -> Direction:
+    return cast("Direction", word(MODES, number))
 
 
 def _decode_shape(dimensions: Iterable[pb.Dimension]) -> Shape:

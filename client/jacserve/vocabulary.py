@@ -20,10 +20,21 @@ Quantity = Literal[
     "determinant",
     "abs_determinant",
     "slogdet",
+    "jvp",
+    "vjp",
+    "hessian",
+    "hvp",
+    "newton_step",
+    "singular_values",
+    "condition_number",
 ]
-Mode = Literal["forward", "reverse"]
-ModeOption = Literal["auto", "forward", "reverse"]
-Layout = Literal["matrix", "blocks"]
+Direction = Literal["forward", "reverse"]
+Curvature = Literal[
+    "forward_over_reverse", "reverse_over_reverse", "forward_over_forward"
+]
+Mode = Direction | Literal["sparse"] | Curvature
+ModeOption = Literal["auto", "forward", "reverse", "sparse"]
+Layout = Literal["matrix", "blocks", "csr", "coo"]
 
 
 def _words(enum: EnumTypeWrapper, prefix: str) -> Mapping[str, Any]:
@@ -33,8 +44,11 @@ def _words(enum: EnumTypeWrapper, prefix: str) -> Mapping[str, Any]:
 
 
 QUANTITIES: Mapping[str, pb.Quantity] = _words(pb.Quantity, "QUANTITY_")
-MODES: tuple[Mode, ...] = get_args(Mode)
-MODE_OPTIONS: Mapping[str, pb.Mode] = _words(pb.Mode, "MODE_")
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+MODES: Mapping[str, pb.Mode] = _words(pb.Mode, "MODE_")
+MODE_OPTIONS: Mapping[str, pb.Mode] = MappingProxyType(
+    {option: MODES[option] for option in get_args(ModeOption)}
+)
 LAYOUTS: Mapping[str, pb.Layout] = _words(pb.Layout, "LAYOUT_")
 DTYPES: Mapping[str, pb.DType] = _words(pb.DType, "DTYPE_")
 

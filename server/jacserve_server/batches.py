@@ -22,7 +22,7 @@ def bucket_for(batch: int | None) -> int | None:
 
 
 def padded(work: Work, bucket: int | None) -> tuple[Array, ...]:
-    """Returns the inputs with as many rows as the program has.
+    """Returns the arrays with as many rows as the program has.
 
     The last row is repeated: a real point can't make NaN, nor a loop that never
     ends, out of nothing.
@@ -32,13 +32,13 @@ def padded(work: Work, bucket: int | None) -> tuple[Array, ...]:
         bucket: The program's rows.
 
     Returns:
-        The inputs; the very same arrays where nothing is to be added.
+        The arrays; the very same arrays where nothing is to be added.
     """
     if bucket is None or bucket == work.batch:
-        return work.inputs
+        return work.arrays
     return tuple(
         np.concatenate([array, np.repeat(array[-1:], bucket - len(array), axis=0)])
         if spec.is_batched
         else array
-        for spec, array in zip(work.computation.inputs, work.inputs, strict=True)
+        for spec, array in zip(work.computation.arrays, work.arrays, strict=True)
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from jacserve.vocabulary import MODES
+from jacserve.vocabulary import Mode
 from jacserve_server.catalog import RegisteredFunction
 from jacserve_server.errors import ServiceError, describe_exception
 from jacserve_server.tracing import abstract_results, mode_problem
@@ -14,6 +14,7 @@ def explained(
     function: RegisteredFunction,
     key: ProgramKey,
     wrt: Sequence[tuple[int, str]],
+    modes: Sequence[Mode],
     error: BaseException,
 ) -> ServiceError:
     """Finds out what it was that could not be traced: f, its derivative or a batch.
@@ -22,6 +23,7 @@ def explained(
         function: The function.
         key: The program that was to be made.
         wrt: Position and name of the arguments to differentiate.
+        modes: How it was to be differentiated.
         error: What tracing the program raised.
 
     Returns:
@@ -32,19 +34,21 @@ def explained(
         abstract_results(function.call, computation.inputs)
     except FunctionError as failure:
         return trace_error(function, failure)
-    problem = None
-    if computation.mode in MODES:
-        problem = mode_problem(function.call, computation.inputs, wrt, computation.mode)
-    if problem:
-        others = [mode for mode in function.spec.modes if mode != computation.mode]
+    for mode in modes:
+        if mode == "sparse":
+            continue
+        problem = mode_problem(function.call, computation.inputs, wrt, mode)
+        if problem is None:
+            continue
+        others = [other for other in function.spec.modes if other != mode]
         return ServiceError(
             "MODE_UNSUPPORTED",
-            f"mode is {computation.mode}, but {function.spec.resource} can't be "
-            f"differentiated so: {problem}. "
+            f"mode is {mode}, but {function.spec.resource} can't be differentiated "
+            f"so: {problem}. "
             + (f"Use {others[0]}, or auto." if others else "Ask for value alone."),
             field="mode",
             function=function.spec.resource,
-            mode=computation.mode,
+            mode=mode,
             modes=", ".join(function.spec.modes),
         )
     if key.bucket is None:

@@ -32,6 +32,9 @@ Reason = Literal[
     "COMPILATION_FAILED",
     "EXECUTION_FAILED",
     "UNEXPECTED",
+    "SPARSITY_UNSUPPORTED",
+    "NOT_INSTALLED",
+    "PATTERN_UNKNOWN",
 ]
 CODES: Mapping[Reason, int] = MappingProxyType(
     {
@@ -53,6 +56,9 @@ CODES: Mapping[Reason, int] = MappingProxyType(
         "COMPILATION_FAILED": code_pb2.INTERNAL,
         "EXECUTION_FAILED": code_pb2.INTERNAL,
         "UNEXPECTED": code_pb2.INTERNAL,
+        "SPARSITY_UNSUPPORTED": code_pb2.INVALID_ARGUMENT,
+        "NOT_INSTALLED": code_pb2.FAILED_PRECONDITION,
+        "PATTERN_UNKNOWN": code_pb2.FAILED_PRECONDITION,
     }
 )
 

@@ -1,17 +1,17 @@
 """Runs work on a device: finds or compiles programs, and runs them in threads."""
 
 import asyncio
+import functools
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax
 
-from jacserve.vocabulary import Mode
 from jacserve_server.batches import padded
 from jacserve_server.catalog import RegisteredFunction
 from jacserve_server.programs import (
@@ -19,14 +19,31 @@ from jacserve_server.programs import (
     Limits,
     Program,
     check_result_size,
-    choose_mode,
     compile_program,
-    without_quantities,
 )
 from jacserve_server.single_flight import SingleFlight
-from jacserve_server.work import Computation, Outcome, ProgramKey, Work
+from jacserve_server.sparsity import (
+    ColoredPattern,
+    Kind,
+    find_sparsity,
+)
+from jacserve_server.strategies import Decision, decide
+from jacserve_server.tracing import abstract_results
+from jacserve_server.transforms.point import Leaf
+from jacserve_server.work import (
+    InputSpec,
+    Outcome,
+    ProgramKey,
+    Sparsity,
+    SparsityKey,
+    Strategy,
+    Work,
+)
 
 T = TypeVar("T")
+
+# What a compiled program depends on: two ways to ask may be decided alike.
+_Decided = tuple[ProgramKey, Strategy]
 
 
 class DeviceError(Exception):
@@ -87,6 +104,11 @@ def _contained(call: Callable[..., T], *arguments: Any) -> T:
         raise RuntimeError("a registered function tried to end the server") from error
 
 
+def _decided(key: ProgramKey, decision: Decision) -> _Decided:
+    computation = replace(key.computation, mode=None)
+    return replace(key, computation=computation), decision.strategy
+
+
 class Executor:
     """Runs programs on one device of this process.
 
@@ -104,6 +126,7 @@ class Executor:
         compile_threads: int,
         max_programs: int,
         limits: Limits,
+        measured: Callable[[ProgramKey], Strategy | None] = lambda _: None,
     ) -> None:
         """Starts no work yet.
 
@@ -114,28 +137,30 @@ class Executor:
             compile_threads: How many may be compiled at once.
             max_programs: How many compiled ones are kept.
             limits: What one program may take.
+            measured: Finds the strategy that was measured to be the fastest.
         """
+        self._measured = measured
         self._find = find
         self._device = device
         self._limits = limits
         self._device_threads = ThreadPoolExecutor(threads, "device")
         self._compile_threads = ThreadPoolExecutor(compile_threads, "compile")
-        self._programs = SingleFlight[ProgramKey, Program](
+        self._programs = SingleFlight[_Decided, Program](
             self._compile_threads, capacity=max_programs
         )
-        self._modes = SingleFlight[Computation, Mode](
+        self._decisions = SingleFlight[ProgramKey, Decision](
             self._compile_threads, capacity=max_programs
         )
+        # These serve every batch size and every set of quantities.
+        self._results = functools.lru_cache(maxsize=max_programs)(self._trace)
+        self._sparsity = functools.lru_cache(maxsize=max_programs)(self._find_sparsity)
 
     def ready(self, key: ProgramKey) -> Program | None:
         """Returns a program that is compiled already, else None."""
-        computation = key.computation
-        if computation.mode == "auto":
-            mode = self._modes.ready(without_quantities(computation))
-            if mode is None:
-                return None
-            key = replace(key, computation=replace(computation, mode=mode))
-        return self._programs.ready(key)
+        decision = self._decisions.ready(key)
+        if decision is None:
+            return None
+        return self._programs.ready(_decided(key, decision))
 
     async def prepare(self, key: ProgramKey) -> Program:
         """Returns a program, compiled if need be.
@@ -143,23 +168,41 @@ class Executor:
         What is being compiled when its last asker leaves is finished, for the next.
 
         Args:
-            key: Which program; "auto" as its mode lets the shapes decide.
+            key: Which program.
 
         Returns:
-            The program, its mode decided.
+            The program.
 
         Raises:
             ServiceError: It can't be compiled.
         """
         function = self._find(key.computation.function)
-        if key.computation.mode == "auto":
-            shapes = without_quantities(key.computation)
-            mode = await self._modes.get(
-                shapes, partial(_contained, choose_mode, function, shapes)
-            )
-            key = replace(key, computation=replace(key.computation, mode=mode))
-        compiling = partial(compile_program, function, key, self._device, self._limits)
-        return await self._programs.get(key, partial(_contained, compiling))
+        deciding = partial(_contained, self._decide, function, key)
+        decision = await self._decisions.get(key, deciding)
+        compiling = partial(
+            compile_program, function, key, decision, self._device, self._limits
+        )
+        return await self._programs.get(
+            _decided(key, decision), partial(_contained, compiling)
+        )
+
+    async def sparsity(self, sought: SparsityKey) -> Sparsity:
+        """Finds a sparsity pattern.
+
+        Args:
+            sought: Whose.
+
+        Returns:
+            The pattern.
+
+        Raises:
+            ServiceError: It can't be found.
+        """
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(
+            self._compile_threads, _contained, self._sparsity, sought
+        )
+        return found.sparsity
 
     async def run(self, program: Program, work: Work) -> Outcome:
         """Runs a program in a thread of the device.
@@ -184,6 +227,23 @@ class Executor:
         self._compile_threads.shutdown(wait=False, cancel_futures=True)
         self._device_threads.shutdown(wait=False, cancel_futures=True)
 
+    def _decide(self, function: RegisteredFunction, key: ProgramKey) -> Decision:
+        computation = key.computation
+        points = tuple(replace(x, is_batched=False) for x in computation.inputs)
+
+        def find(kind: Kind) -> ColoredPattern:
+            name, wrt = computation.function, computation.wrt
+            return self._sparsity(SparsityKey(name, points, wrt, kind))
+
+        trace = partial(self._results, computation.function, points)
+        return decide(function, key, self._measured(key), trace, find)
+
+    def _trace(self, name: str, points: tuple[InputSpec, ...]) -> list[Leaf]:
+        return abstract_results(self._find(name).call, points)
+
+    def _find_sparsity(self, sought: SparsityKey) -> ColoredPattern:
+        return find_sparsity(self._find(sought.function), sought)
+
     def _run(self, program: Program, work: Work) -> Outcome:
         computation, bucket = program.key.computation, program.key.bucket
         name = f"functions/{computation.function}"
@@ -200,7 +260,9 @@ class Executor:
                 for (quantity, path), array in zip(program.outline, arrays, strict=True)
             ),
             finite=finite,
-            mode=cast("Mode | None", computation.mode),
+            modes=program.modes,
+            patterns=program.patterns,
+            strategy=program.strategy,
             bucket=bucket,
             device=device_name(self._device),
             execute_s=time.monotonic() - start,

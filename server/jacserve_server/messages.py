@@ -1,17 +1,18 @@
 """Messages of the contract to the server's values, and back."""
 
 from collections.abc import Iterable, Mapping
-from typing import cast
+from typing import Literal, cast
 
 from google.protobuf.duration_pb2 import Duration
 
-from jacserve import tensors, trees
+from jacserve import sparse, tensors, trees
 from jacserve.tensors import MalformedTensorError
 from jacserve.v1 import jacobian_pb2 as pb
 from jacserve.vocabulary import (
     DTYPES,
     LAYOUTS,
     MODE_OPTIONS,
+    MODES,
     QUANTITIES,
     Layout,
     ModeOption,
@@ -19,9 +20,9 @@ from jacserve.vocabulary import (
     word,
 )
 from jacserve_server.errors import ServiceError
-from jacserve_server.query import Query
+from jacserve_server.query import Query, SparsityQuery
 from jacserve_server.signature import Dimension, FunctionSpec
-from jacserve_server.work import Outcome
+from jacserve_server.work import InputSpec, Outcome, Sparsity, SparsityKey
 
 _MOST_ENTRIES = 1000
 
@@ -38,7 +39,8 @@ def decode_query(message: pb.Query) -> Query:
     Raises:
         ServiceError: A field has no valid value, or a tensor is malformed.
     """
-    for field in ("quantities", "wrt", "inputs"):
+    repeated = ("quantities", "wrt", "inputs", "tangents", "cotangents", "patterns")
+    for field in repeated:
         count = len(getattr(message, field))
         if count > _MOST_ENTRIES:
             raise ServiceError(
@@ -54,34 +56,112 @@ def decode_query(message: pb.Query) -> Query:
             f"no quantities were asked for. Name some of {', '.join(QUANTITIES)}.",
             field="quantities",
         )
+    is_sparse = message.mode == pb.MODE_SPARSE
+    default = pb.LAYOUT_CSR if is_sparse else pb.LAYOUT_MATRIX
     quantities = [_word(QUANTITIES, "quantities", q) for q in message.quantities]
     return Query(
         function=message.function,
         inputs=tuple(
-            _decode_input(place, given) for place, given in enumerate(message.inputs)
+            (given.name, _decode_tensor(given, given.name, f"inputs[{place}]"))
+            for place, given in enumerate(message.inputs)
         ),
         quantities=cast("tuple[Quantity, ...]", tuple(dict.fromkeys(quantities))),
         wrt=tuple(message.wrt),
         mode=cast(
             "ModeOption", _word(MODE_OPTIONS, "mode", message.mode or pb.MODE_AUTO)
         ),
-        layout=cast(
-            "Layout", _word(LAYOUTS, "layout", message.layout or pb.LAYOUT_MATRIX)
-        ),
+        layout=cast("Layout", _word(LAYOUTS, "layout", message.layout or default)),
         cast=message.cast,
         require_finite=message.require_finite,
+        tangents=tuple(
+            (given.name, _decode_tensor(given, given.name, f"tangents[{place}]"))
+            for place, given in enumerate(message.tangents)
+        ),
+        cotangents=tuple(
+            (
+                trees.decode_path(given.path),
+                _decode_tensor(given, "", f"cotangents[{place}]"),
+            )
+            for place, given in enumerate(message.cotangents)
+        ),
+        patterns=tuple(message.patterns),
     )
 
 
-def _decode_input(place: int, message: pb.Input) -> tuple[str, tensors.Array]:
+def decode_sparsity_query(message: pb.GetSparsityRequest) -> SparsityQuery:
+    """Decodes a question about sparsity from anywhere.
+
+    Args:
+        message: The message.
+
+    Returns:
+        The question.
+
+    Raises:
+        ServiceError: A field has no valid value.
+    """
+    kinds: Mapping[int, Literal["jacobian", "hessian"]] = {
+        pb.QUANTITY_UNSPECIFIED: "jacobian",
+        pb.QUANTITY_JACOBIAN: "jacobian",
+        pb.QUANTITY_HESSIAN: "hessian",
+    }
+    if message.quantity not in kinds:
+        raise ServiceError(
+            "MALFORMED_REQUEST",
+            f"quantity is {message.quantity}, but only jacobian and hessian have a "
+            "sparsity pattern. Set one of these.",
+            field="quantity",
+            number=message.quantity,
+        )
+    return SparsityQuery(
+        function=message.name,
+        sizes=dict(message.sizes),
+        wrt=tuple(message.wrt),
+        kind=kinds[message.quantity],
+    )
+
+
+def encode_sparsity(
+    sparsity: Sparsity, sought: SparsityKey, function: FunctionSpec
+) -> pb.Sparsity:
+    """Encodes a pattern and what it costs.
+
+    Args:
+        sparsity: What was found.
+        sought: What was sought.
+        function: Of which function.
+
+    Returns:
+        The message.
+    """
+    return pb.Sparsity(
+        pattern=sparse.encode_pattern(sparsity.pattern, "coo"),
+        color_count=sparsity.color_count,
+        mode=MODES[sparsity.mode],
+        inputs=describe_inputs(sought.inputs, function),
+    )
+
+
+def describe_inputs(inputs: Iterable[InputSpec], function: FunctionSpec) -> str:
+    """Returns inputs in words, such as "A: float32[2, 3], x: float32[3]"."""
+    pairs = zip(function.signature.arguments, inputs, strict=True)
+    return ", ".join(
+        f"{argument.name}: {spec.dtype}{tensors.format_shape(spec.shape)}"
+        for argument, spec in pairs
+    )
+
+
+def _decode_tensor(
+    message: pb.Input | pb.Cotangent, name: str, field: str
+) -> tensors.Array:
     try:
-        return message.name, tensors.decode(message.tensor)
+        return tensors.decode(message.tensor)
     except MalformedTensorError as error:
-        label = message.name or f"input {place}"
+        label = name or field
         raise ServiceError(
             "MALFORMED_TENSOR",
             f"{label}: {error}",
-            field=f"inputs[{place}].tensor",
+            field=f"{field}.tensor",
             argument=label,
         ) from error
 
@@ -99,12 +179,12 @@ def _word(words: Mapping[str, int], field: str, number: int) -> str:
         ) from None
 
 
-def encode_outcome(outcome: Outcome, quantities: tuple[Quantity, ...]) -> pb.Result:
+def encode_outcome(outcome: Outcome, query: Query) -> pb.Result:
     """Encodes what came of a query.
 
     Args:
         outcome: What the scheduler returned.
-        quantities: What the client asked for, in its order.
+        query: What the client asked for, and the patterns that it has.
 
     Returns:
         The message.
@@ -120,14 +200,23 @@ def encode_outcome(outcome: Outcome, quantities: tuple[Quantity, ...]) -> pb.Res
             execute_duration=_duration(outcome.execute_s),
         ),
     )
-    if outcome.mode is not None:
-        result.mode = MODE_OPTIONS[outcome.mode]
+    result.chunk_size = outcome.strategy.chunk_size or 0
+    result.measured = outcome.strategy.is_measured
+    result.patterns.extend(
+        sparse.encode_pattern(pattern, query.layout)
+        for pattern in outcome.patterns.values()
+        if pattern.hash not in query.patterns
+    )
     # In place: a message made beforehand would be copied, bytes and all.
-    for asked in quantities:
+    for asked in query.quantities:
         for quantity, path, array in outcome.outputs:
             if quantity == asked:
                 output = result.outputs.add(quantity=QUANTITIES[quantity])
                 output.path.extend(trees.encode_path(path))
+                if quantity in outcome.modes:
+                    output.mode = MODES[outcome.modes[quantity]]
+                if quantity in outcome.patterns:
+                    output.pattern = outcome.patterns[quantity].hash
                 tensors.encode_into(output.tensor, array)
     return result
 
@@ -161,9 +250,9 @@ def encode_function(spec: FunctionSpec) -> pb.Function:
             pb.ResultArray(path=trees.encode_path(path), shape=_encode_shape(shape))
             for path, shape in spec.results
         ],
-        modes=[MODE_OPTIONS[mode] for mode in spec.modes],
+        modes=[MODES[mode] for mode in spec.modes],
         missing_modes=[
-            pb.MissingMode(mode=MODE_OPTIONS[mode], reason=reason)
+            pb.MissingMode(mode=MODES[mode], reason=reason)
             for mode, reason in spec.missing_modes.items()
         ],
         preferred_mode=MODE_OPTIONS[spec.preferred_mode],

@@ -4,12 +4,15 @@ Every refusal that shapes, dtypes and names alone decide is made here, before an
 memory or device time is spent.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jacserve.tensors import Array, cast_target, converted, format_shape
+from jacserve.vocabulary import Layout
 from jacserve_server.errors import ServiceError
-from jacserve_server.quantities import QUANTITIES, in_order
-from jacserve_server.query import Query
+from jacserve_server.quantities import QUANTITIES, in_order, needs_of
+from jacserve_server.query import Query, SparsityQuery
 from jacserve_server.signature import (
     INEXACT,
     Argument,
@@ -17,7 +20,12 @@ from jacserve_server.signature import (
     FunctionSpec,
     size_of,
 )
-from jacserve_server.work import Computation, InputSpec, Work
+from jacserve_server.vectors import Variable, fit_vectors
+from jacserve_server.work import Computation, InputSpec, SparsityKey, Work
+
+# A pattern is a picture for people, so one of moderate size is the default.
+_DEFAULT_SIZE = 32
+_MOST_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +72,23 @@ def plan(query: Query, function: FunctionSpec) -> Work:
             batch=batch,
             max_batch=function.max_batch,
         )
-    specs = [QUANTITIES[quantity] for quantity in query.quantities]
-    has_derivative = any(spec.is_derivative for spec in specs)
-    _check_wrt(query, given, function)
-    wrt = _differentiated(query, given, function) if has_derivative else ()
-    mode = function.preferred_mode if query.mode == "auto" else query.mode
+    has_derivative = bool(needs_of(query.quantities))
+    dtypes = {match.argument.name: match.array.dtype.name for match in given}
+    _check_wrt(query.wrt, dtypes, function)
+    wrt = _differentiated(query.wrt, dtypes, function) if has_derivative else ()
+    by_name = {match.argument.name: match for match in given}
+    variables = [
+        Variable(name, by_name[name].point_shape, by_name[name].array.dtype.name)
+        for name in wrt
+    ]
+    vectors = fit_vectors(query, function, variables, batch)
     computation = Computation(
         function=function.qualified_name,
         quantities=in_order(query.quantities),
         wrt=wrt,
         # Whether the mode exists depends on wrt and dtypes: tracing will show.
-        mode=mode if has_derivative else None,
-        layout=query.layout if any(spec.has_layout for spec in specs) else "matrix",
+        mode=query.mode if has_derivative else None,
+        layout=_canonical_layout(query, function),
         inputs=tuple(
             InputSpec(
                 shape=match.point_shape,
@@ -84,8 +97,82 @@ def plan(query: Query, function: FunctionSpec) -> Work:
             )
             for match in given
         ),
+        tangents=vectors.tangents,
+        cotangents=vectors.cotangents,
     )
-    return Work(computation, tuple(match.array for match in given), batch)
+    arrays = (*(match.array for match in given), *vectors.arrays)
+    return Work(computation, arrays, batch)
+
+
+def plan_sparsity(sought: SparsityQuery, function: FunctionSpec) -> SparsityKey:
+    """Fits a question about sparsity to the function that it names.
+
+    Args:
+        sought: What was asked.
+        function: The function.
+
+    Returns:
+        Which pattern to find.
+
+    Raises:
+        ServiceError: The question does not fit.
+    """
+    symbols = function.signature.symbols
+    for name, size in sought.sizes.items():
+        if name not in symbols or not 0 <= size <= _MOST_ELEMENTS:
+            raise ServiceError(
+                "ARGUMENT_MISMATCH",
+                f"sizes has {name} = {size}, but {function.resource} has the "
+                f"dimensions {', '.join(symbols) or 'none'}, each of at most "
+                f"{_MOST_ELEMENTS}. Name only these.",
+                field="sizes",
+                function=function.resource,
+                dimension=name,
+                size=size,
+            )
+    sizes = {symbol: sought.sizes.get(symbol, _DEFAULT_SIZE) for symbol in symbols}
+    try:
+        shapes = function.signature.shapes(sizes)
+    except DimensionError as error:
+        raise ServiceError(
+            "SHAPE_MISMATCH", f"{error}. Pass other sizes.", field="sizes"
+        ) from error
+    elements = sum(math.prod(shape) for shape in shapes)
+    if elements > _MOST_ELEMENTS:
+        raise ServiceError(
+            "SHAPE_MISMATCH",
+            f"inputs of these sizes have {elements} numbers, and at most "
+            f"{_MOST_ELEMENTS} are allowed. Pass smaller sizes.",
+            field="sizes",
+            elements=elements,
+        )
+    inputs = tuple(
+        InputSpec(shape, argument.trial_dtype, is_batched=False)
+        for shape, argument in zip(shapes, function.signature.arguments, strict=True)
+    )
+    dtypes = {
+        argument.name: spec.dtype
+        for argument, spec in zip(function.signature.arguments, inputs, strict=True)
+    }
+    _check_wrt(sought.wrt, dtypes, function)
+    wrt = _differentiated(sought.wrt, dtypes, function)
+    return SparsityKey(function.qualified_name, inputs, wrt, sought.kind)
+
+
+def _canonical_layout(query: Query, function: FunctionSpec) -> Layout:
+    """Returns the layout as far as it makes a difference."""
+    specs = [QUANTITIES[quantity] for quantity in query.quantities]
+    if query.layout == "blocks" and any(spec.has_blocks for spec in specs):
+        if query.mode == "sparse":
+            raise ServiceError(
+                "MODE_UNSUPPORTED",
+                "sparse mode makes matrices, not blocks. Pass another layout or mode.",
+                field="layout",
+                function=function.resource,
+            )
+        return "blocks"
+    is_sparse = query.layout in {"csr", "coo"}
+    return "csr" if is_sparse and any(spec.has_values for spec in specs) else "matrix"
 
 
 def _matched(query: Query, function: FunctionSpec) -> list[_Given]:
@@ -247,9 +334,10 @@ def _conflict(
     )
 
 
-def _check_wrt(query: Query, given: list[_Given], function: FunctionSpec) -> None:
-    dtypes = {match.argument.name: match.array.dtype.name for match in given}
-    for place, argument in enumerate(query.wrt):
+def _check_wrt(
+    wrt: tuple[str, ...], dtypes: Mapping[str, str], function: FunctionSpec
+) -> None:
+    for place, argument in enumerate(wrt):
         problem = None
         if argument not in dtypes:
             problem = (
@@ -261,7 +349,7 @@ def _check_wrt(query: Query, given: list[_Given], function: FunctionSpec) -> Non
                 f"wrt names {argument}, which is {dtypes[argument]}: only real and "
                 "complex arguments have derivatives. Leave it out of wrt."
             )
-        elif argument in query.wrt[:place]:
+        elif argument in wrt[:place]:
             problem = f"wrt names {argument} twice. Name each argument once."
         if problem:
             raise ServiceError(
@@ -276,12 +364,10 @@ def _check_wrt(query: Query, given: list[_Given], function: FunctionSpec) -> Non
 
 
 def _differentiated(
-    query: Query, given: list[_Given], function: FunctionSpec
+    wrt: tuple[str, ...], dtypes: Mapping[str, str], function: FunctionSpec
 ) -> tuple[str, ...]:
     """Returns the arguments to differentiate with respect to."""
-    differentiable = tuple(
-        match.argument.name for match in given if match.array.dtype.name in INEXACT
-    )
+    differentiable = tuple(name for name, dtype in dtypes.items() if dtype in INEXACT)
     if not differentiable:
         raise ServiceError(
             "QUANTITY_UNSUPPORTED",
@@ -290,4 +376,4 @@ def _differentiated(
             field="quantities",
             function=function.resource,
         )
-    return query.wrt or differentiable
+    return wrt or differentiable

@@ -1,9 +1,9 @@
 """Compiled programs: traced, lowered and compiled ahead of time for one device."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +11,25 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from jacserve import trees
+from jacserve.sparse import Pattern
 from jacserve.tensors import Array, dtype_named
 from jacserve.trees import Path
 from jacserve.vocabulary import Mode, Quantity
 from jacserve_server.catalog import RegisteredFunction
-from jacserve_server.diagnosis import execution_error, explained, trace_error
+from jacserve_server.diagnosis import execution_error, explained
 from jacserve_server.errors import ServiceError, describe_exception
-from jacserve_server.tracing import abstract_results, mode_problem, x64
+from jacserve_server.quantities import QUANTITIES
+from jacserve_server.strategies import Decision, wrt_of
+from jacserve_server.tracing import x64
 from jacserve_server.transforms import COMPUTE
-from jacserve_server.transforms.point import FunctionError, Leaf, Point, is_inexact
-from jacserve_server.work import Computation, InputSpec, ProgramKey
+from jacserve_server.transforms.point import Compressed, Point, is_inexact
+from jacserve_server.work import Computation, ProgramKey, Strategy
 
 # Type checkers see a variable in what is a class.
 Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]
+
+# What is tried when all products at once would not fit.
+_CHUNK_SIZES = (128, 16, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +51,28 @@ class Program:
     """A compiled program on one device.
 
     Attributes:
-        key: What it computes; the mode is decided.
+        key: What it computes.
+        strategy: How it differentiates.
+        patterns: Where the values of its sparse arrays stand.
         outline: Quantity and path of each of its arrays.
         row_bytes: Bytes of one point's result.
     """
 
     key: ProgramKey
+    strategy: Strategy
+    patterns: Mapping[Quantity, Pattern]
     outline: tuple[tuple[Quantity, Path], ...]
     row_bytes: int
     _executable: Any
+
+    @property
+    def modes(self) -> dict[Quantity, Mode]:
+        """How each derivative is made."""
+        found: dict[Quantity, Mode] = {}
+        for quantity in self.key.computation.quantities:
+            if need := QUANTITIES[quantity].needs:
+                found[quantity] = getattr(self.strategy, need)
+        return found
 
     def run(self, inputs: Sequence[Array]) -> tuple[list[Array], Array]:
         """Runs the program and waits for it.
@@ -70,80 +89,29 @@ class Program:
             ServiceError: The device failed.
         """
         try:
-            with x64(self.key.computation.inputs):
+            with x64(self.key.computation.arrays):
                 arrays, finite = jax.block_until_ready(self._executable(*inputs))
             return [np.asarray(array) for array in arrays], np.asarray(finite)
         except Exception as error:
             raise execution_error(self.key, error) from error
 
 
-def choose_mode(function: RegisteredFunction, computation: Computation) -> Mode:
-    """Chooses the mode that costs fewer products: n of them forward, m in reverse.
-
-    Args:
-        function: The function.
-        computation: What is wanted of it.
-
-    Returns:
-        "forward" when n <= m, or when a result is of a wider dtype than an argument,
-        whose precision reverse mode would lose; else "reverse". The other where that
-        does not exist.
-
-    Raises:
-        ServiceError: The function can't be traced for these shapes, or has no mode.
-    """
-    wrt = _wrt(function, computation)
-    n = sum(math.prod(computation.inputs[place].shape) for place, _ in wrt)
-    try:
-        leaves = abstract_results(function.call, computation.inputs)
-    except FunctionError as error:
-        raise trace_error(function, error) from error
-    m = sum(math.prod(leaf.array.shape) for leaf in leaves if is_inexact(leaf.array))
-    modes: list[Mode] = ["forward", "reverse"]
-    if m < n and not _widens(computation, wrt, leaves):
-        modes.reverse()
-    for mode in modes:
-        if mode in function.spec.modes:
-            return mode
-    problems = {
-        mode: mode_problem(function.call, computation.inputs, wrt, mode)
-        for mode in modes
-    }
-    for mode in modes:
-        if problems[mode] is None:
-            return mode
-    raise ServiceError(
-        "MODE_UNSUPPORTED",
-        f"{function.spec.resource} can't be differentiated with respect to "
-        f"{', '.join(computation.wrt)}: "
-        + "; ".join(f"{mode}: {problem}" for mode, problem in problems.items())
-        + ". Choose wrt differently, or ask for value alone.",
-        field="mode",
-        function=function.spec.resource,
-        wrt=", ".join(computation.wrt),
-    )
-
-
-def _widens(
-    computation: Computation, wrt: list[tuple[int, str]], leaves: list[Leaf]
-) -> bool:
-    dtypes = [dtype_named(computation.inputs[place].dtype) for place, _ in wrt]
-    return any(
-        jnp.promote_types(leaf.array.dtype, dtype) != dtype
-        for leaf in leaves
-        if is_inexact(leaf.array)
-        for dtype in dtypes
-    )
-
-
 def compile_program(
-    function: RegisteredFunction, key: ProgramKey, device: Device, limits: Limits
+    function: RegisteredFunction,
+    key: ProgramKey,
+    decision: Decision,
+    device: Device,
+    limits: Limits,
 ) -> Program:
     """Traces, lowers and compiles a program.
 
+    Where all products with J at once would take too much memory, they are made in
+    chunks, as small as need be.
+
     Args:
         function: The function that the key names.
-        key: What to compute; its mode is decided.
+        key: What to compute.
+        decision: How to differentiate.
         device: Where it is to run.
         limits: What it may take.
 
@@ -154,8 +122,52 @@ def compile_program(
         ServiceError: The function can't be traced for these shapes, a quantity does
             not exist for them, the program would take too much, or XLA fails.
     """
+    memory = _Memory(0, 0)
+    for strategy in _ever_smaller(decision.strategy):
+        program, memory = _compiled(
+            function, key, replace(decision, strategy=strategy), device, limits
+        )
+        if memory.total <= limits.program_bytes:
+            return program
+        if memory.total - memory.temporary > limits.program_bytes:
+            break  # Arguments and results alone are too large.
+    raise ServiceError(
+        "DEVICE_OUT_OF_MEMORY",
+        f"{function.spec.resource} at {key.bucket or 1} points would take "
+        f"{memory.total} bytes of the device's memory, but may take "
+        f"{limits.program_bytes}. Ask for fewer points at once, or raise the server's "
+        "max_program_bytes.",
+        function=function.spec.resource,
+        program_bytes=memory.total,
+        max_program_bytes=limits.program_bytes,
+    )
+
+
+def _ever_smaller(strategy: Strategy) -> Iterator[Strategy]:
+    yield strategy
+    if "sparse" in strategy.modes or not (strategy.jacobian or strategy.hessian):
+        return
+    for chunk_size in _CHUNK_SIZES:
+        if strategy.chunk_size is None or chunk_size < strategy.chunk_size:
+            yield replace(strategy, chunk_size=chunk_size)
+
+
+class _Memory(NamedTuple):
+    """What a program takes on its device, in bytes."""
+
+    total: int
+    temporary: int
+
+
+def _compiled(
+    function: RegisteredFunction,
+    key: ProgramKey,
+    decision: Decision,
+    device: Device,
+    limits: Limits,
+) -> tuple[Program, _Memory]:
     computation = key.computation
-    at_point, outline = _at_point(function, computation)
+    at_point, outline = _at_point(function, computation, decision)
     sharding = SingleDeviceSharding(device)
     arguments = [
         jax.ShapeDtypeStruct(
@@ -165,17 +177,18 @@ def compile_program(
             dtype_named(spec.dtype),
             sharding=sharding,
         )
-        for spec in computation.inputs
+        for spec in computation.arrays
     ]
-    with x64(computation.inputs):
+    with x64(computation.arrays):
         try:
             lowered = jax.jit(_batched(function, key, at_point)).lower(*arguments)
         except ServiceError:
             raise
         # A function may raise anything, SystemExit included.
         except BaseException as error:
-            wrt = _wrt(function, computation)
-            raise explained(function, key, wrt, error) from error
+            wrt = wrt_of(function, computation)
+            modes = decision.strategy.modes
+            raise explained(function, key, wrt, modes, error) from error
         row_bytes = _row_bytes(lowered.out_info[0], key)
         # The smallest batch that this bucket serves.
         check_result_size(
@@ -193,8 +206,21 @@ def compile_program(
                 f"{describe_exception(error)}. Try another mode or other shapes.",
                 function=function.spec.resource,
             ) from error
-    _check_memory(function.spec.resource, key, executable, limits)
-    return Program(key, tuple(outline), row_bytes, executable)
+    is_sparse = computation.layout == "csr"
+    patterns: dict[Quantity, Pattern] = {
+        quantity: found.sparsity.pattern
+        for quantity, found in decision.patterns.items()
+        if is_sparse and quantity in computation.quantities
+    }
+    program = Program(
+        key, decision.strategy, patterns, tuple(outline), row_bytes, executable
+    )
+    analysis = executable.memory_analysis()
+    if analysis is None:
+        return program, _Memory(0, 0)
+    temporary = analysis.temp_size_in_bytes
+    fixed = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
+    return program, _Memory(fixed + temporary, temporary)
 
 
 def _row_bytes(arrays: Sequence[Any], key: ProgramKey) -> int:
@@ -235,41 +261,47 @@ def check_result_size(
         )
 
 
-def _wrt(
-    function: RegisteredFunction, computation: Computation
-) -> list[tuple[int, str]]:
-    names = [argument.name for argument in function.spec.signature.arguments]
-    return [(names.index(name), name) for name in computation.wrt]
-
-
 def _at_point(
-    function: RegisteredFunction, computation: Computation
+    function: RegisteredFunction, computation: Computation, decision: Decision
 ) -> tuple[Callable[..., Any], list[tuple[Quantity, Path]]]:
     """Returns the function to compile, and the outline that tracing it fills."""
     outline: list[tuple[Quantity, Path]] = []
-    mode = computation.mode
-    if mode == "auto":
-        raise AssertionError("a program was asked for before its mode was decided")
+    arguments, tangents = len(computation.inputs), len(computation.tangents)
+    wrt = wrt_of(function, computation)
+    is_holomorphic = any(
+        computation.inputs[place].dtype.startswith("complex") for place, _ in wrt
+    )
+    compressed: dict[Quantity, Compressed] = {
+        quantity: found.compressed(holomorphic=is_holomorphic)
+        for quantity, found in decision.patterns.items()
+    }
+    # The value comes last: whatever differentiates f has evaluated it.
+    quantities = sorted(computation.quantities, key=lambda q: q == "value")
 
-    def at_point(*inputs: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+    def at_point(*arrays: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+        vectors = arrays[arguments:]
+        paths = [path for path, _ in computation.cotangents]
         point = Point(
             function.call,
-            inputs,
+            arrays[:arguments],
             resource=function.spec.resource,
-            wrt=_wrt(function, computation),
-            mode=mode,
+            wrt=wrt,
+            strategy=decision.strategy,
+            compressed=compressed,
+            tangents=vectors[:tangents],
+            cotangents=list(zip(paths, vectors[tangents:], strict=True)),
         )
         leaves: list[tuple[Quantity, Path, jax.Array]] = [
             (quantity, path, array)
-            for quantity in computation.quantities
+            for quantity in quantities
             for path, array in trees.flatten(
                 COMPUTE[quantity](point, computation.layout)
             )
         ]
         outline[:] = [(quantity, path) for quantity, path, _ in leaves]
-        arrays = [array for _, _, array in leaves]
-        finite = [jnp.all(jnp.isfinite(array)) for array in filter(is_inexact, arrays)]
-        return arrays, jnp.all(jnp.array([True, *finite]))
+        arrays_out = [array for _, _, array in leaves]
+        finite = [jnp.all(jnp.isfinite(x)) for x in filter(is_inexact, arrays_out)]
+        return arrays_out, jnp.all(jnp.array([True, *finite]))
 
     return at_point, outline
 
@@ -277,52 +309,20 @@ def _at_point(
 def _batched(
     function: RegisteredFunction, key: ProgramKey, at_point: Callable[..., Any]
 ) -> Callable[..., Any]:
-    inputs = key.computation.inputs
+    specs = key.computation.arrays
     if key.bucket is None:
         return at_point
     if function.batchable:
-        axes = tuple(0 if spec.is_batched else None for spec in inputs)
+        axes = tuple(0 if spec.is_batched else None for spec in specs)
         return jax.vmap(at_point, in_axes=axes)
 
     def one_by_one(*arrays: jax.Array) -> Any:
         def at_row(rows: list[jax.Array]) -> Any:
             row = iter(rows)
-            pairs = zip(inputs, arrays, strict=True)
+            pairs = zip(specs, arrays, strict=True)
             return at_point(*(next(row) if s.is_batched else x for s, x in pairs))
 
-        pairs = zip(inputs, arrays, strict=True)
+        pairs = zip(specs, arrays, strict=True)
         return jax.lax.map(at_row, [x for s, x in pairs if s.is_batched])
 
     return one_by_one
-
-
-def _check_memory(
-    resource: str, key: ProgramKey, executable: Any, limits: Limits
-) -> None:
-    analysis = executable.memory_analysis()
-    if analysis is None:
-        return
-    needed = (
-        analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        + analysis.temp_size_in_bytes
-    )
-    if needed > limits.program_bytes:
-        raise ServiceError(
-            "DEVICE_OUT_OF_MEMORY",
-            f"{resource} at {key.bucket or 1} points would take {needed} bytes of the "
-            f"device's memory, but may take {limits.program_bytes}. Ask for fewer "
-            "points at once, or raise the server's max_program_bytes.",
-            function=resource,
-            program_bytes=needed,
-            max_program_bytes=limits.program_bytes,
-        )
-
-
-def without_quantities(computation: Computation) -> Computation:
-    """Returns what the choice of a mode depends on, and nothing else."""
-    inputs = tuple(
-        InputSpec(spec.shape, spec.dtype, is_batched=False)
-        for spec in computation.inputs
-    )
-    return replace(computation, quantities=(), layout="matrix", inputs=inputs)

@@ -1,8 +1,11 @@
-"""What a client asked, decoded: a `Query`."""
+"""What a client asked, decoded: a `Query`, or a `SparsityQuery`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from jacserve.tensors import Array
+from jacserve.trees import Path
 from jacserve.vocabulary import Layout, ModeOption, Quantity
 
 
@@ -19,6 +22,9 @@ class Query:
         layout: How derivatives are laid out.
         cast: Whether inputs may be converted to a dtype that is accepted.
         require_finite: Whether NaN and Inf are errors.
+        tangents: Argument names ("" for all of n numbers) and arrays.
+        cotangents: Result paths (empty for all of m numbers) and arrays.
+        patterns: Hashes of the sparsity patterns that the client has.
     """
 
     function: str
@@ -29,3 +35,23 @@ class Query:
     layout: Layout = "matrix"
     cast: bool = False
     require_finite: bool = False
+    tangents: tuple[tuple[str, Array], ...] = ()
+    cotangents: tuple[tuple[Path, Array], ...] = ()
+    patterns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SparsityQuery:
+    """What a client asked of a function's sparsity.
+
+    Attributes:
+        function: A name, with a version or without.
+        sizes: Sizes of symbolic dimensions.
+        wrt: Arguments to differentiate with respect to; empty for all.
+        kind: Whether it is the pattern of J or of H.
+    """
+
+    function: str
+    sizes: Mapping[str, int]
+    wrt: tuple[str, ...]
+    kind: Literal["jacobian", "hessian"]

@@ -12,7 +12,7 @@ import jax
 from jax import export
 
 from jacserve.tensors import dtype_named
-from jacserve.vocabulary import MODES, Mode
+from jacserve.vocabulary import DIRECTIONS, Direction
 from jacserve_server.annotations import (
     AnnotationError,
     documentation_of,
@@ -28,7 +28,6 @@ from jacserve_server.registry import (
 )
 from jacserve_server.signature import (
     INEXACT,
-    Argument,
     Dimension,
     DimensionError,
     FunctionSpec,
@@ -38,10 +37,6 @@ from jacserve_server.signature import (
 from jacserve_server.tracing import abstract_results, mode_problem, x64
 from jacserve_server.transforms.point import FunctionError, Leaf, results
 from jacserve_server.work import InputSpec
-
-# What to trace an argument with that accepts several dtypes; complex numbers come
-# last, because a function of real numbers may not be holomorphic.
-_TRACED_DTYPES = ("float32", "float64", "bfloat16", "float16", "complex64")
 
 
 def build_catalog(registries: Iterable[Registry]) -> Catalog:
@@ -88,7 +83,7 @@ def _register(declaration: Declaration) -> RegisteredFunction:
     call = _by_position(declaration.function, signature)
     inputs, leaves = _trace_somewhere(call, signature, declaration.sizes)
     modes, missing = _find_modes(call, signature, inputs)
-    if declaration.mode != "auto" and declaration.mode not in modes:
+    if declaration.mode in missing:
         raise _UnfitError(
             f"mode={declaration.mode!r}, but the function has no such mode "
             f"({missing[declaration.mode]}). Leave mode out."
@@ -147,7 +142,7 @@ def _trace_somewhere(
             failures.append(f"{error}.")
             continue
         inputs = [
-            InputSpec(shape, _traced_dtype(argument), is_batched=False)
+            InputSpec(shape, argument.trial_dtype, is_batched=False)
             for argument, shape in zip(signature.arguments, shapes, strict=True)
         ]
         is_traced = True
@@ -165,28 +160,23 @@ def _trace_somewhere(
     raise _UnfitError(f"{failures[0]} {remedy}.")
 
 
-def _traced_dtype(argument: Argument) -> str:
-    suitable = [dtype for dtype in _TRACED_DTYPES if dtype in argument.dtypes]
-    return suitable[0] if suitable else argument.dtypes[-1]
-
-
 def _find_modes(
     call: Callable[..., Any], signature: Signature, inputs: list[InputSpec]
-) -> tuple[tuple[Mode, ...], dict[Mode, str]]:
+) -> tuple[tuple[Direction, ...], dict[Direction, str]]:
     """Traces each mode; returns those that exist and why the others do not."""
     wrt = [
         (place, argument.name)
         for place, argument in enumerate(signature.arguments)
         if inputs[place].dtype in INEXACT
     ]
-    missing: dict[Mode, str] = {}
-    for mode in MODES:
+    missing: dict[Direction, str] = {}
+    for mode in DIRECTIONS:
         problem = "it has no real or complex argument"
         if wrt:
             problem = mode_problem(call, inputs, wrt, mode)
         if problem:
             missing[mode] = problem
-    return tuple(mode for mode in MODES if mode not in missing), missing
+    return tuple(mode for mode in DIRECTIONS if mode not in missing), missing
 
 
 def _result_shapes(

@@ -14,7 +14,7 @@ from typing import Generic, Protocol, TypeVar
 
 from jacserve_server.batches import bucket_for
 from jacserve_server.errors import ServiceError
-from jacserve_server.work import Outcome, ProgramKey, Work
+from jacserve_server.work import Outcome, ProgramKey, Sparsity, SparsityKey, Work
 
 _RETRY_AFTER_S = 0.1
 
@@ -30,6 +30,10 @@ class Executor(Protocol[P]):
 
     async def prepare(self, key: ProgramKey) -> P:
         """Returns a program, compiled if need be."""
+        ...
+
+    async def sparsity(self, sought: SparsityKey) -> Sparsity:
+        """Finds a sparsity pattern."""
         ...
 
     async def run(self, program: P, work: Work) -> Outcome:
@@ -109,6 +113,20 @@ class Scheduler(Generic[P]):
         running.add_done_callback(self._free)
         outcome = await asyncio.shield(running)
         return replace(outcome, queue_s=queue_s, compile_s=compile_s)
+
+    async def sparsity(self, sought: SparsityKey) -> Sparsity:
+        """Finds a sparsity pattern, which takes no device.
+
+        Args:
+            sought: Whose.
+
+        Returns:
+            The pattern, and what it costs.
+
+        Raises:
+            ServiceError: It can't be found.
+        """
+        return await self._executor.sparsity(sought)
 
     async def drain(self) -> None:
         """Refuses new work from now on, and waits until all that runs has finished."""

@@ -20,8 +20,15 @@ from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
 from jacserve.vocabulary import Quantity
 from jacserve_server.catalog import Catalog
 from jacserve_server.errors import ServiceError
-from jacserve_server.messages import decode_query, encode_function, encode_outcome
-from jacserve_server.planning import plan
+from jacserve_server.messages import (
+    decode_query,
+    decode_sparsity_query,
+    encode_function,
+    encode_outcome,
+    encode_sparsity,
+)
+from jacserve_server.planning import plan, plan_sparsity
+from jacserve_server.query import Query
 from jacserve_server.scheduler import Scheduler
 from jacserve_server.work import Outcome
 
@@ -55,6 +62,11 @@ class JacobianService(pb_grpc.JacobianServiceServicer):
     ) -> pb.Function:
         return await _answer(context, pb.Function, self._get(request))
 
+    async def GetSparsity(  # noqa: N802, D102
+        self, request: pb.GetSparsityRequest, context: Any
+    ) -> pb.Sparsity:
+        return await _answer(context, pb.Sparsity, self._sparsity(request))
+
     async def Evaluate(self, request: pb.Query, context: Any) -> pb.Result:  # noqa: N802, D102
         return await _answer(context, pb.Result, self._evaluate(request))
 
@@ -87,6 +99,13 @@ class JacobianService(pb_grpc.JacobianServiceServicer):
     async def _get(self, request: pb.GetFunctionRequest) -> pb.Function:
         return encode_function(self._catalog.find(request.name).spec)
 
+    async def _sparsity(self, request: pb.GetSparsityRequest) -> pb.Sparsity:
+        with self._scheduler.admitted(request.ByteSize()):
+            function = self._catalog.find(request.name).spec
+            sought = plan_sparsity(decode_sparsity_query(request), function)
+            found = await self._scheduler.sparsity(sought)
+            return encode_sparsity(found, sought, function)
+
     async def _evaluate(self, request: pb.Query) -> pb.Result:
         with self._scheduler.admitted(request.ByteSize()):
             function = self._catalog.find(request.function).spec
@@ -94,7 +113,22 @@ class JacobianService(pb_grpc.JacobianServiceServicer):
             outcome = await self._scheduler.submit(plan(query, function))
             if query.require_finite:
                 _check_finite(outcome, query.quantities)
-            return encode_outcome(outcome, query.quantities)
+            _check_patterns(outcome, query)
+            return encode_outcome(outcome, query)
+
+
+def _check_patterns(outcome: Outcome, query: Query) -> None:
+    found = {pattern.hash for pattern in outcome.patterns.values()}
+    for place, pattern in enumerate(query.patterns):
+        if pattern not in found:
+            raise ServiceError(
+                "PATTERN_UNKNOWN",
+                f"functions/{outcome.function} does not have the sparsity pattern "
+                f"{pattern} now. Ask again without naming it.",
+                field=f"patterns[{place}]",
+                function=f"functions/{outcome.function}",
+                pattern=pattern,
+            )
 
 
 def _check_finite(outcome: Outcome, quantities: tuple[Quantity, ...]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from jacserve.trees import Path
-from jacserve.vocabulary import Mode, ModeOption
+from jacserve.vocabulary import Direction, ModeOption
 
 Dimension = int | str
 
@@ -34,6 +34,7 @@ DTYPES = (
     "bool",
 )
 INEXACT = frozenset(DTYPES[:6])
+_TRIAL_DTYPES = ("float32", "float64", "bfloat16", "float16", "complex64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,16 @@ class Argument:
     name: str
     dtypes: tuple[str, ...]
     shape: tuple[Dimension, ...]
+
+    @property
+    def trial_dtype(self) -> str:
+        """The dtype that it is traced with where no query has given one.
+
+        Complex numbers come last, because a function of real numbers may not be
+        holomorphic.
+        """
+        suitable = [dtype for dtype in _TRIAL_DTYPES if dtype in self.dtypes]
+        return suitable[0] if suitable else self.dtypes[-1]
 
     @property
     def is_differentiable(self) -> bool:
@@ -114,8 +125,8 @@ class FunctionSpec:
     documentation: str
     signature: Signature
     results: tuple[tuple[Path, tuple[Dimension | None, ...]], ...]
-    modes: tuple[Mode, ...]
-    missing_modes: Mapping[Mode, str]
+    modes: tuple[Direction, ...]
+    missing_modes: Mapping[Direction, str]
     preferred_mode: ModeOption
     max_batch: int | None
 

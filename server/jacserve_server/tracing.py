@@ -8,10 +8,10 @@ import jax
 
 from jacserve.tensors import dtype_named
 from jacserve.trees import Path
-from jacserve.vocabulary import Mode
+from jacserve.vocabulary import Curvature, Direction
 from jacserve_server.errors import ServiceError, describe_exception
 from jacserve_server.transforms.point import FunctionError, Leaf, Point, results
-from jacserve_server.work import InputSpec
+from jacserve_server.work import InputSpec, Strategy
 
 _WIDE = frozenset({"float64", "complex128", "int64", "uint64"})
 
@@ -69,7 +69,7 @@ def mode_problem(
     call: Callable[..., Any],
     inputs: Sequence[InputSpec],
     wrt: Sequence[tuple[int, str]],
-    mode: Mode,
+    mode: Direction | Curvature,
 ) -> str | None:
     """Tells why a function lacks a mode.
 
@@ -83,12 +83,20 @@ def mode_problem(
         The reason in one sentence without its full stop; None when the mode exists.
     """
 
-    def matrix(*arrays: jax.Array) -> jax.Array:
-        return Point(call, arrays, resource="it", wrt=wrt, mode=mode).matrix
+    def derivative(*arrays: jax.Array) -> Any:
+        strategy = (
+            Strategy(jacobian=mode)
+            if mode == "forward" or mode == "reverse"
+            else Strategy(hessian=mode)
+        )
+        point = Point(call, arrays, resource="it", wrt=wrt, strategy=strategy)
+        if strategy.jacobian:
+            return point.matrix
+        return [blocks for _, blocks in point.hessian_blocks()]
 
     try:
         with x64(inputs):
-            jax.eval_shape(matrix, *structs(inputs))
+            jax.eval_shape(derivative, *structs(inputs))
     except (ServiceError, FunctionError) as error:
         text = str(error)
     except Exception as error:

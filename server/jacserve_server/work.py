@@ -6,19 +6,29 @@ plain data: names, shapes and numpy arrays, no closures, so that the executor ma
 live in another process.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
+from jacserve.sparse import Pattern
 from jacserve.tensors import Array
 from jacserve.trees import Path
-from jacserve.vocabulary import Layout, Mode, ModeOption, Quantity
+from jacserve.vocabulary import (
+    Curvature,
+    Direction,
+    Layout,
+    Mode,
+    ModeOption,
+    Quantity,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
-    """One argument as a program takes it.
+    """One array as a program takes it: an argument, a tangent or a cotangent.
 
     Attributes:
-        shape: The shape of one point.
+        shape: Its shape at one point.
         dtype: The dtype's name.
         is_batched: Whether it has one value for each row of the batch.
     """
@@ -36,9 +46,14 @@ class Computation:
         function: Name and version, "spherical@1".
         quantities: What to compute, in the order of the contract.
         wrt: The arguments differentiated, in order; empty without a derivative.
-        mode: How to differentiate; None without a derivative.
-        layout: How derivatives are laid out; "matrix" where it makes no difference.
+        mode: How the caller wants it differentiated; None without a derivative.
+        layout: How derivatives are laid out; "matrix" where it makes no difference,
+            and "csr" for any sparse matrix.
         inputs: The arguments, in declared order.
+        tangents: One of n numbers, or in the blocks layout one like each argument
+            in `wrt`; each with a leading axis for several at once.
+        cotangents: One of m numbers with an empty path, or one like each result,
+            by path; likewise.
     """
 
     function: str
@@ -47,11 +62,84 @@ class Computation:
     mode: ModeOption | None
     layout: Layout
     inputs: tuple[InputSpec, ...]
+    tangents: tuple[InputSpec, ...] = ()
+    cotangents: tuple[tuple[Path, InputSpec], ...] = ()
+
+    @property
+    def arrays(self) -> tuple[InputSpec, ...]:
+        """Everything that its program takes: arguments, tangents, cotangents."""
+        return (*self.inputs, *self.tangents, *(spec for _, spec in self.cotangents))
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """How each derivative is made; None for those that are not needed.
+
+    Attributes:
+        jacobian: The mode of J, and of all that is computed of it.
+        jvp: The mode of J v; reverse makes J first.
+        vjp: The mode of u^T J; forward makes J first.
+        hessian: The mode of H.
+        hvp: The mode of H v; all but forward over reverse make H first.
+        chunk_size: How many products make J or H at once; None for all.
+        is_measured: Whether mode and chunk size were measured to be the fastest.
+    """
+
+    jacobian: Direction | Literal["sparse"] | None = None
+    jvp: Direction | None = None
+    vjp: Direction | None = None
+    hessian: Curvature | Literal["sparse"] | None = None
+    hvp: Curvature | None = None
+    chunk_size: int | None = None
+    is_measured: bool = False
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """The modes that it has, each once."""
+        each = (self.jacobian, self.jvp, self.vjp, self.hessian, self.hvp)
+        return tuple(mode for mode in dict.fromkeys(each) if mode is not None)
+
+    @property
+    def has_reverse(self) -> bool:
+        """Whether anything is differentiated in reverse."""
+        return any("reverse" in mode for mode in self.modes)
+
+
+@dataclass(frozen=True, slots=True)
+class SparsityKey:
+    """What a sparsity pattern depends on.
+
+    Attributes:
+        function: Name and version.
+        inputs: The inputs at one point.
+        wrt: The arguments to differentiate.
+        kind: Whether it is the pattern of J or of H.
+    """
+
+    function: str
+    inputs: tuple[InputSpec, ...]
+    wrt: tuple[str, ...]
+    kind: Literal["jacobian", "hessian"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sparsity:
+    """A sparsity pattern, and what a matrix that has it costs.
+
+    Attributes:
+        pattern: Where the entries are.
+        color_count: How many products give the matrix.
+        mode: Which products.
+    """
+
+    pattern: Pattern
+    color_count: int
+    mode: Mode
 
 
 @dataclass(frozen=True, slots=True)
 class ProgramKey:
-    """Everything that a compiled program depends on, but the device.
+    """Everything that the choice of a program depends on, but the device.
 
     Attributes:
         computation: What it computes.
@@ -68,12 +156,12 @@ class Work:
 
     Attributes:
         computation: What to compute.
-        inputs: The arrays, in declared order; batched ones have `batch` rows.
+        arrays: Those of `computation.arrays`; batched ones have `batch` rows.
         batch: The rows; None for one point.
     """
 
     computation: Computation
-    inputs: tuple[Array, ...]
+    arrays: tuple[Array, ...]
     batch: int | None
 
 
@@ -83,10 +171,12 @@ class Outcome:
 
     Attributes:
         function: Name and version of the function that ran.
-        outputs: Quantity, path and array, in the order of the contract.
+        outputs: Quantity, path and array.
         finite: For each row, whether all of its numbers are finite; a scalar for
             one point.
-        mode: The mode that ran; None without a derivative.
+        modes: How each derivative was made.
+        patterns: Where the values of the sparse outputs stand.
+        strategy: How J or H was made.
         bucket: The rows that the program computed; None for one point.
         device: The device that ran it.
         execute_s: Seconds of running it.
@@ -97,7 +187,9 @@ class Outcome:
     function: str
     outputs: tuple[tuple[Quantity, Path, Array], ...]
     finite: Array
-    mode: Mode | None
+    modes: Mapping[Quantity, Mode]
+    patterns: Mapping[Quantity, Pattern]
+    strategy: Strategy
     bucket: int | None
     device: str
     execute_s: float

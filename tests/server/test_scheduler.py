@@ -8,7 +8,7 @@ import pytest
 
 from jacserve_server.errors import ServiceError
 from jacserve_server.scheduler import Scheduler
-from jacserve_server.work import Computation, Outcome, ProgramKey, Work
+from jacserve_server.work import Computation, Outcome, ProgramKey, Strategy, Work
 
 WORK = Work(Computation("f@1", ("value",), (), None, "matrix", ()), (), None)
 
@@ -23,6 +23,9 @@ class FakeExecutor:
     def ready(self, key: ProgramKey) -> None:
         del key
 
+    async def sparsity(self, sought: Any) -> Any:
+        del sought
+
     async def prepare(self, key: ProgramKey) -> str:
         return key.computation.function
 
@@ -30,7 +33,8 @@ class FakeExecutor:
         self.diary.append("started")
         await self.gate.wait()
         self.diary.append("finished")
-        return Outcome("f@1", (), np.array(True), None, None, "fake:0", 0.5)
+        strategy = Strategy()
+        return Outcome("f@1", (), np.array(True), {}, {}, strategy, None, "fake:0", 0.5)
 
 
 def make(slots: int = 1, max_queries: int = 2, max_bytes: int = 100):

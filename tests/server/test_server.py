@@ -173,7 +173,7 @@ def test_a_client_that_knows_only_reflection(functions: Path) -> None:
             "shape": ["1", "1"],
             "data": "AAAAAAAAGEA=",  # 6.0
         }
-        assert result["mode"] == "MODE_FORWARD"
+        assert result["outputs"][0]["mode"] == "MODE_FORWARD"
 
 
 def serve(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -19,6 +19,13 @@ class Quantity(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     QUANTITY_DETERMINANT: _ClassVar[Quantity]
     QUANTITY_ABS_DETERMINANT: _ClassVar[Quantity]
     QUANTITY_SLOGDET: _ClassVar[Quantity]
+    QUANTITY_JVP: _ClassVar[Quantity]
+    QUANTITY_VJP: _ClassVar[Quantity]
+    QUANTITY_HESSIAN: _ClassVar[Quantity]
+    QUANTITY_HVP: _ClassVar[Quantity]
+    QUANTITY_NEWTON_STEP: _ClassVar[Quantity]
+    QUANTITY_SINGULAR_VALUES: _ClassVar[Quantity]
+    QUANTITY_CONDITION_NUMBER: _ClassVar[Quantity]
 
 class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -26,12 +33,18 @@ class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MODE_AUTO: _ClassVar[Mode]
     MODE_FORWARD: _ClassVar[Mode]
     MODE_REVERSE: _ClassVar[Mode]
+    MODE_SPARSE: _ClassVar[Mode]
+    MODE_FORWARD_OVER_REVERSE: _ClassVar[Mode]
+    MODE_REVERSE_OVER_REVERSE: _ClassVar[Mode]
+    MODE_FORWARD_OVER_FORWARD: _ClassVar[Mode]
 
 class Layout(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     LAYOUT_UNSPECIFIED: _ClassVar[Layout]
     LAYOUT_MATRIX: _ClassVar[Layout]
     LAYOUT_BLOCKS: _ClassVar[Layout]
+    LAYOUT_CSR: _ClassVar[Layout]
+    LAYOUT_COO: _ClassVar[Layout]
 
 class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -73,6 +86,9 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     COMPILATION_FAILED: _ClassVar[ErrorReason]
     EXECUTION_FAILED: _ClassVar[ErrorReason]
     UNEXPECTED: _ClassVar[ErrorReason]
+    SPARSITY_UNSUPPORTED: _ClassVar[ErrorReason]
+    NOT_INSTALLED: _ClassVar[ErrorReason]
+    PATTERN_UNKNOWN: _ClassVar[ErrorReason]
 QUANTITY_UNSPECIFIED: Quantity
 QUANTITY_VALUE: Quantity
 QUANTITY_JACOBIAN: Quantity
@@ -80,13 +96,26 @@ QUANTITY_GRADIENT: Quantity
 QUANTITY_DETERMINANT: Quantity
 QUANTITY_ABS_DETERMINANT: Quantity
 QUANTITY_SLOGDET: Quantity
+QUANTITY_JVP: Quantity
+QUANTITY_VJP: Quantity
+QUANTITY_HESSIAN: Quantity
+QUANTITY_HVP: Quantity
+QUANTITY_NEWTON_STEP: Quantity
+QUANTITY_SINGULAR_VALUES: Quantity
+QUANTITY_CONDITION_NUMBER: Quantity
 MODE_UNSPECIFIED: Mode
 MODE_AUTO: Mode
 MODE_FORWARD: Mode
 MODE_REVERSE: Mode
+MODE_SPARSE: Mode
+MODE_FORWARD_OVER_REVERSE: Mode
+MODE_REVERSE_OVER_REVERSE: Mode
+MODE_FORWARD_OVER_FORWARD: Mode
 LAYOUT_UNSPECIFIED: Layout
 LAYOUT_MATRIX: Layout
 LAYOUT_BLOCKS: Layout
+LAYOUT_CSR: Layout
+LAYOUT_COO: Layout
 DTYPE_UNSPECIFIED: DType
 DTYPE_BOOL: DType
 DTYPE_INT8: DType
@@ -122,9 +151,12 @@ SHUTTING_DOWN: ErrorReason
 COMPILATION_FAILED: ErrorReason
 EXECUTION_FAILED: ErrorReason
 UNEXPECTED: ErrorReason
+SPARSITY_UNSUPPORTED: ErrorReason
+NOT_INSTALLED: ErrorReason
+PATTERN_UNKNOWN: ErrorReason
 
 class Function(_message.Message):
-    __slots__ = ("name", "documentation", "arguments", "results", "modes", "missing_modes", "preferred_mode", "max_batch")
+    __slots__ = ("name", "documentation", "arguments", "results", "modes", "missing_modes", "preferred_mode", "max_batch", "measured_strategies")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DOCUMENTATION_FIELD_NUMBER: _ClassVar[int]
     ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +165,7 @@ class Function(_message.Message):
     MISSING_MODES_FIELD_NUMBER: _ClassVar[int]
     PREFERRED_MODE_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_STRATEGIES_FIELD_NUMBER: _ClassVar[int]
     name: str
     documentation: str
     arguments: _containers.RepeatedCompositeFieldContainer[Argument]
@@ -141,7 +174,8 @@ class Function(_message.Message):
     missing_modes: _containers.RepeatedCompositeFieldContainer[MissingMode]
     preferred_mode: Mode
     max_batch: int
-    def __init__(self, name: _Optional[str] = ..., documentation: _Optional[str] = ..., arguments: _Optional[_Iterable[_Union[Argument, _Mapping]]] = ..., results: _Optional[_Iterable[_Union[ResultArray, _Mapping]]] = ..., modes: _Optional[_Iterable[_Union[Mode, str]]] = ..., missing_modes: _Optional[_Iterable[_Union[MissingMode, _Mapping]]] = ..., preferred_mode: _Optional[_Union[Mode, str]] = ..., max_batch: _Optional[int] = ...) -> None: ...
+    measured_strategies: _containers.RepeatedCompositeFieldContainer[MeasuredStrategy]
+    def __init__(self, name: _Optional[str] = ..., documentation: _Optional[str] = ..., arguments: _Optional[_Iterable[_Union[Argument, _Mapping]]] = ..., results: _Optional[_Iterable[_Union[ResultArray, _Mapping]]] = ..., modes: _Optional[_Iterable[_Union[Mode, str]]] = ..., missing_modes: _Optional[_Iterable[_Union[MissingMode, _Mapping]]] = ..., preferred_mode: _Optional[_Union[Mode, str]] = ..., max_batch: _Optional[int] = ..., measured_strategies: _Optional[_Iterable[_Union[MeasuredStrategy, _Mapping]]] = ...) -> None: ...
 
 class Argument(_message.Message):
     __slots__ = ("name", "dtypes", "shape", "differentiable")
@@ -187,8 +221,24 @@ class MissingMode(_message.Message):
     reason: str
     def __init__(self, mode: _Optional[_Union[Mode, str]] = ..., reason: _Optional[str] = ...) -> None: ...
 
+class MeasuredStrategy(_message.Message):
+    __slots__ = ("inputs", "wrt", "bucket", "mode", "chunk_size", "speedup")
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    WRT_FIELD_NUMBER: _ClassVar[int]
+    BUCKET_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    SPEEDUP_FIELD_NUMBER: _ClassVar[int]
+    inputs: str
+    wrt: _containers.RepeatedScalarFieldContainer[str]
+    bucket: int
+    mode: Mode
+    chunk_size: int
+    speedup: float
+    def __init__(self, inputs: _Optional[str] = ..., wrt: _Optional[_Iterable[str]] = ..., bucket: _Optional[int] = ..., mode: _Optional[_Union[Mode, str]] = ..., chunk_size: _Optional[int] = ..., speedup: _Optional[float] = ...) -> None: ...
+
 class Query(_message.Message):
-    __slots__ = ("function", "inputs", "quantities", "wrt", "mode", "layout", "cast", "require_finite")
+    __slots__ = ("function", "inputs", "quantities", "wrt", "mode", "layout", "cast", "require_finite", "tangents", "cotangents", "patterns")
     FUNCTION_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     QUANTITIES_FIELD_NUMBER: _ClassVar[int]
@@ -197,6 +247,9 @@ class Query(_message.Message):
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     CAST_FIELD_NUMBER: _ClassVar[int]
     REQUIRE_FINITE_FIELD_NUMBER: _ClassVar[int]
+    TANGENTS_FIELD_NUMBER: _ClassVar[int]
+    COTANGENTS_FIELD_NUMBER: _ClassVar[int]
+    PATTERNS_FIELD_NUMBER: _ClassVar[int]
     function: str
     inputs: _containers.RepeatedCompositeFieldContainer[Input]
     quantities: _containers.RepeatedScalarFieldContainer[Quantity]
@@ -205,7 +258,10 @@ class Query(_message.Message):
     layout: Layout
     cast: bool
     require_finite: bool
-    def __init__(self, function: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., quantities: _Optional[_Iterable[_Union[Quantity, str]]] = ..., wrt: _Optional[_Iterable[str]] = ..., mode: _Optional[_Union[Mode, str]] = ..., layout: _Optional[_Union[Layout, str]] = ..., cast: bool = ..., require_finite: bool = ...) -> None: ...
+    tangents: _containers.RepeatedCompositeFieldContainer[Input]
+    cotangents: _containers.RepeatedCompositeFieldContainer[Cotangent]
+    patterns: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, function: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., quantities: _Optional[_Iterable[_Union[Quantity, str]]] = ..., wrt: _Optional[_Iterable[str]] = ..., mode: _Optional[_Union[Mode, str]] = ..., layout: _Optional[_Union[Layout, str]] = ..., cast: bool = ..., require_finite: bool = ..., tangents: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., cotangents: _Optional[_Iterable[_Union[Cotangent, _Mapping]]] = ..., patterns: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Input(_message.Message):
     __slots__ = ("name", "tensor")
@@ -215,33 +271,65 @@ class Input(_message.Message):
     tensor: Tensor
     def __init__(self, name: _Optional[str] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
+class Cotangent(_message.Message):
+    __slots__ = ("path", "tensor")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    path: _containers.RepeatedCompositeFieldContainer[PathStep]
+    tensor: Tensor
+    def __init__(self, path: _Optional[_Iterable[_Union[PathStep, _Mapping]]] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
 class Result(_message.Message):
-    __slots__ = ("function", "outputs", "mode", "finite", "device", "bucket", "timing")
+    __slots__ = ("function", "outputs", "patterns", "finite", "device", "bucket", "timing", "chunk_size", "measured")
     FUNCTION_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
-    MODE_FIELD_NUMBER: _ClassVar[int]
+    PATTERNS_FIELD_NUMBER: _ClassVar[int]
     FINITE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     BUCKET_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_FIELD_NUMBER: _ClassVar[int]
     function: str
     outputs: _containers.RepeatedCompositeFieldContainer[Output]
-    mode: Mode
+    patterns: _containers.RepeatedCompositeFieldContainer[Pattern]
     finite: bool
     device: str
     bucket: int
     timing: Timing
-    def __init__(self, function: _Optional[str] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., mode: _Optional[_Union[Mode, str]] = ..., finite: bool = ..., device: _Optional[str] = ..., bucket: _Optional[int] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
+    chunk_size: int
+    measured: bool
+    def __init__(self, function: _Optional[str] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., patterns: _Optional[_Iterable[_Union[Pattern, _Mapping]]] = ..., finite: bool = ..., device: _Optional[str] = ..., bucket: _Optional[int] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., chunk_size: _Optional[int] = ..., measured: bool = ...) -> None: ...
 
 class Output(_message.Message):
-    __slots__ = ("quantity", "path", "tensor")
+    __slots__ = ("quantity", "path", "tensor", "mode", "pattern")
     QUANTITY_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     TENSOR_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    PATTERN_FIELD_NUMBER: _ClassVar[int]
     quantity: Quantity
     path: _containers.RepeatedCompositeFieldContainer[PathStep]
     tensor: Tensor
-    def __init__(self, quantity: _Optional[_Union[Quantity, str]] = ..., path: _Optional[_Iterable[_Union[PathStep, _Mapping]]] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    mode: Mode
+    pattern: str
+    def __init__(self, quantity: _Optional[_Union[Quantity, str]] = ..., path: _Optional[_Iterable[_Union[PathStep, _Mapping]]] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., mode: _Optional[_Union[Mode, str]] = ..., pattern: _Optional[str] = ...) -> None: ...
+
+class Pattern(_message.Message):
+    __slots__ = ("hash", "row_count", "column_count", "columns", "rows", "row_starts")
+    HASH_FIELD_NUMBER: _ClassVar[int]
+    ROW_COUNT_FIELD_NUMBER: _ClassVar[int]
+    COLUMN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    ROW_STARTS_FIELD_NUMBER: _ClassVar[int]
+    hash: str
+    row_count: int
+    column_count: int
+    columns: Tensor
+    rows: Tensor
+    row_starts: Tensor
+    def __init__(self, hash: _Optional[str] = ..., row_count: _Optional[int] = ..., column_count: _Optional[int] = ..., columns: _Optional[_Union[Tensor, _Mapping]] = ..., rows: _Optional[_Union[Tensor, _Mapping]] = ..., row_starts: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class Timing(_message.Message):
     __slots__ = ("queue_duration", "compile_duration", "execute_duration")
@@ -284,3 +372,34 @@ class GetFunctionRequest(_message.Message):
     NAME_FIELD_NUMBER: _ClassVar[int]
     name: str
     def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class GetSparsityRequest(_message.Message):
+    __slots__ = ("name", "sizes", "wrt", "quantity")
+    class SizesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SIZES_FIELD_NUMBER: _ClassVar[int]
+    WRT_FIELD_NUMBER: _ClassVar[int]
+    QUANTITY_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    sizes: _containers.ScalarMap[str, int]
+    wrt: _containers.RepeatedScalarFieldContainer[str]
+    quantity: Quantity
+    def __init__(self, name: _Optional[str] = ..., sizes: _Optional[_Mapping[str, int]] = ..., wrt: _Optional[_Iterable[str]] = ..., quantity: _Optional[_Union[Quantity, str]] = ...) -> None: ...
+
+class Sparsity(_message.Message):
+    __slots__ = ("pattern", "color_count", "mode", "inputs")
+    PATTERN_FIELD_NUMBER: _ClassVar[int]
+    COLOR_COUNT_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    pattern: Pattern
+    color_count: int
+    mode: Mode
+    inputs: str
+    def __init__(self, pattern: _Optional[_Union[Pattern, _Mapping]] = ..., color_count: _Optional[int] = ..., mode: _Optional[_Union[Mode, str]] = ..., inputs: _Optional[str] = ...) -> None: ...

@@ -45,6 +45,11 @@ class JacobianServiceStub(object):
                 request_serializer=jacserve_dot_v1_dot_jacobian__pb2.GetFunctionRequest.SerializeToString,
                 response_deserializer=jacserve_dot_v1_dot_jacobian__pb2.Function.FromString,
                 _registered_method=True)
+        self.GetSparsity = channel.unary_unary(
+                '/jacserve.v1.JacobianService/GetSparsity',
+                request_serializer=jacserve_dot_v1_dot_jacobian__pb2.GetSparsityRequest.SerializeToString,
+                response_deserializer=jacserve_dot_v1_dot_jacobian__pb2.Sparsity.FromString,
+                _registered_method=True)
         self.Evaluate = channel.unary_unary(
                 '/jacserve.v1.JacobianService/Evaluate',
                 request_serializer=jacserve_dot_v1_dot_jacobian__pb2.Query.SerializeToString,
@@ -70,6 +75,14 @@ class JacobianServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetSparsity(self, request, context):
+        """Finds where the Jacobian or Hessian of a function can be other than zero,
+        whatever the point.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Evaluate(self, request, context):
         """Evaluates the requested quantities of one function, at one point or at a
         batch of points, in one pass of one compiled program.
@@ -90,6 +103,11 @@ def add_JacobianServiceServicer_to_server(servicer, server):
                     servicer.GetFunction,
                     request_deserializer=jacserve_dot_v1_dot_jacobian__pb2.GetFunctionRequest.FromString,
                     response_serializer=jacserve_dot_v1_dot_jacobian__pb2.Function.SerializeToString,
+            ),
+            'GetSparsity': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSparsity,
+                    request_deserializer=jacserve_dot_v1_dot_jacobian__pb2.GetSparsityRequest.FromString,
+                    response_serializer=jacserve_dot_v1_dot_jacobian__pb2.Sparsity.SerializeToString,
             ),
             'Evaluate': grpc.unary_unary_rpc_method_handler(
                     servicer.Evaluate,
@@ -152,6 +170,33 @@ class JacobianService(object):
             '/jacserve.v1.JacobianService/GetFunction',
             jacserve_dot_v1_dot_jacobian__pb2.GetFunctionRequest.SerializeToString,
             jacserve_dot_v1_dot_jacobian__pb2.Function.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSparsity(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jacserve.v1.JacobianService/GetSparsity',
+            jacserve_dot_v1_dot_jacobian__pb2.GetSparsityRequest.SerializeToString,
+            jacserve_dot_v1_dot_jacobian__pb2.Sparsity.FromString,
             options,
             channel_credentials,
             insecure,

@@ -48,6 +48,10 @@ class JacobianServiceStub:
     """Lists the registered functions, ordered by name, then version."""
     GetFunction: _grpc.UnaryUnaryMultiCallable[_jacobian_pb2.GetFunctionRequest, _jacobian_pb2.Function]
     """Describes one function."""
+    GetSparsity: _grpc.UnaryUnaryMultiCallable[_jacobian_pb2.GetSparsityRequest, _jacobian_pb2.Sparsity]
+    """Finds where the Jacobian or Hessian of a function can be other than zero,
+    whatever the point.
+    """
     Evaluate: _grpc.UnaryUnaryMultiCallable[_jacobian_pb2.Query, _jacobian_pb2.Result]
     """Evaluates the requested quantities of one function, at one point or at a
     batch of points, in one pass of one compiled program.
@@ -62,6 +66,10 @@ class JacobianServiceAsyncStub(JacobianServiceStub):
     """Lists the registered functions, ordered by name, then version."""
     GetFunction: _aio.UnaryUnaryMultiCallable[_jacobian_pb2.GetFunctionRequest, _jacobian_pb2.Function]  # type: ignore[assignment]
     """Describes one function."""
+    GetSparsity: _aio.UnaryUnaryMultiCallable[_jacobian_pb2.GetSparsityRequest, _jacobian_pb2.Sparsity]  # type: ignore[assignment]
+    """Finds where the Jacobian or Hessian of a function can be other than zero,
+    whatever the point.
+    """
     Evaluate: _aio.UnaryUnaryMultiCallable[_jacobian_pb2.Query, _jacobian_pb2.Result]  # type: ignore[assignment]
     """Evaluates the requested quantities of one function, at one point or at a
     batch of points, in one pass of one compiled program.
@@ -85,6 +93,16 @@ class JacobianServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_jacobian_pb2.Function, _abc.Awaitable[_jacobian_pb2.Function]]:
         """Describes one function."""
+
+    @_abc_1.abstractmethod
+    def GetSparsity(
+        self,
+        request: _jacobian_pb2.GetSparsityRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jacobian_pb2.Sparsity, _abc.Awaitable[_jacobian_pb2.Sparsity]]:
+        """Finds where the Jacobian or Hessian of a function can be other than zero,
+        whatever the point.
+        """
 
     @_abc_1.abstractmethod
     def Evaluate(

@@ -11,6 +11,7 @@ from jacserve.tensors import format_shape
 from jacserve.vocabulary import Layout
 from jacserve_server.errors import ServiceError
 from jacserve_server.transforms.point import Point
+from jacserve_server.transforms.precision import real_dtype, widened
 
 
 def determinant(point: Point, layout: Layout) -> jax.Array:
@@ -21,7 +22,7 @@ def determinant(point: Point, layout: Layout) -> jax.Array:
     """
     del layout
     matrix = _square(point, "determinant")
-    return jnp.linalg.det(_widened(matrix)).astype(matrix.dtype)
+    return jnp.linalg.det(widened(matrix)).astype(matrix.dtype)
 
 
 def abs_determinant(point: Point, layout: Layout) -> jax.Array:
@@ -32,7 +33,7 @@ def abs_determinant(point: Point, layout: Layout) -> jax.Array:
     """
     del layout
     matrix = _square(point, "abs_determinant")
-    return jnp.abs(jnp.linalg.det(_widened(matrix))).astype(_real_dtype(matrix))
+    return jnp.abs(jnp.linalg.det(widened(matrix))).astype(real_dtype(matrix))
 
 
 def slogdet(point: Point, layout: Layout) -> tuple[jax.Array, jax.Array]:
@@ -43,8 +44,8 @@ def slogdet(point: Point, layout: Layout) -> tuple[jax.Array, jax.Array]:
     """
     del layout
     matrix = _square(point, "slogdet")
-    sign, log = jnp.linalg.slogdet(_widened(matrix))
-    return sign.astype(matrix.dtype), log.astype(_real_dtype(matrix))
+    sign, log = jnp.linalg.slogdet(widened(matrix))
+    return sign.astype(matrix.dtype), log.astype(real_dtype(matrix))
 
 
 def _square(point: Point, quantity: str) -> jax.Array:
@@ -62,12 +63,3 @@ def _square(point: Point, quantity: str) -> jax.Array:
             columns=n,
         )
     return point.matrix
-
-
-def _widened(matrix: jax.Array) -> jax.Array:
-    # LAPACK has no 16-bit factorisation; float32 holds every such number exactly.
-    return matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
-
-
-def _real_dtype(matrix: jax.Array) -> jnp.dtype:
-    return jnp.finfo(matrix.dtype).dtype

@@ -8,13 +8,15 @@ from jacserve_server.transforms.point import Point
 
 
 def jacobian(point: Point, layout: Layout) -> Any:
-    """Returns J [m, n], or its blocks.
+    """Returns J [m, n], its blocks, or its values [nnz].
 
     A block has the shape of a result followed by that of an argument. The blocks
     are structured as the result; where several arguments were asked for, each is a
     dictionary by argument name.
     """
-    if layout == "matrix":
+    if point.is_values("jacobian", layout):
+        return point.data("jacobian")
+    if layout != "blocks":
         return point.matrix
     return trees.unflatten(
         (leaf.path, by_argument(point, blocks)) for leaf, blocks in point.blocks

@@ -1,21 +1,41 @@
 """A function at one point, differentiated once for all who ask."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
 from jacserve import trees
+from jacserve.tensors import format_shape
 from jacserve.trees import Path
-from jacserve.vocabulary import DTYPES, Mode
+from jacserve.vocabulary import DTYPES, Curvature, Direction, Layout, Quantity
 from jacserve_server.errors import ServiceError, describe_exception
+from jacserve_server.transforms.differentiation import differentiated
+from jacserve_server.work import Strategy
 
 
 class FunctionError(Exception):
     """A registered function can't be traced; the text may leave the server."""
+
+
+class Compressed(NamedTuple):
+    """A sparse derivative of f: how to compute it, and where its numbers stand.
+
+    Attributes:
+        evaluate: Takes f and its arguments; returns the values [nnz] and f's
+            auxiliary.
+        rows: The row of each value.
+        columns: The column of each value.
+        shape: m and n.
+    """
+
+    evaluate: Callable[..., tuple[jax.Array, Any]]
+    rows: Any
+    columns: Any
+    shape: tuple[int, int]
 
 
 class Leaf(NamedTuple):
@@ -97,7 +117,10 @@ class Point:
         *,
         resource: str,
         wrt: Sequence[tuple[int, str]],
-        mode: Mode | None,
+        strategy: Strategy,
+        compressed: Mapping[Quantity, Compressed] | None = None,
+        tangents: Sequence[jax.Array] = (),
+        cotangents: Sequence[tuple[Path, jax.Array]] = (),
     ) -> None:
         """Names the point; nothing is computed until a quantity asks.
 
@@ -107,18 +130,27 @@ class Point:
             resource: The function's name, for messages.
             wrt: Position and name of each argument to differentiate with respect
                 to, in order.
-            mode: How to differentiate; None where no derivative is asked for.
+            strategy: How to differentiate; without a mode for what is not asked.
+            compressed: How to compute the derivatives whose mode is sparse.
+            tangents: One array of n numbers, or one like each argument in `wrt`;
+                each with a leading axis for several tangents.
+            cotangents: One array of m numbers with an empty path, or one like each
+                result, by path; likewise.
         """
         self._function = function
         self._inputs = tuple(inputs)
-        self._mode = mode
+        self.strategy = strategy
+        self._compressed = compressed or {}
         self.resource = resource
         self.wrt = tuple(wrt)
         self.arguments = [self._inputs[position] for position, _ in self.wrt]
+        self.tangents = tuple(tangents)
+        self.cotangents = tuple(cotangents)
         self._paths: list[Path] = []
         self._value: list[Leaf] | None = None
         self._blocks: list[tuple[Leaf, list[jax.Array]]] | None = None
         self._matrix: jax.Array | None = None
+        self._data: dict[Quantity, jax.Array] = {}
 
     def f(self, *arguments: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
         """The function of the differentiated arguments alone, for JAX to transform.
@@ -138,6 +170,36 @@ class Point:
         self._check_differentiable(differentiable)
         return differentiable, [leaf.array for leaf in leaves]
 
+    def scalar_f(self, *arguments: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """The same for a function with one number as its result."""
+        arrays, everything = self.f(*arguments)
+        # Empty results may stand beside the only number.
+        [number] = [array for array in arrays if array.size]
+        return number.reshape(()), everything
+
+    def check_scalar(self, quantity: Quantity, remedy: str) -> None:
+        """Refuses a quantity of scalar functions where f has more results than one.
+
+        Args:
+            quantity: The quantity.
+            remedy: What to do instead, a sentence.
+
+        Raises:
+            ServiceError: f has another number of results.
+        """
+        m = self.result_size
+        if m != 1:
+            shapes = ", ".join(format_shape(leaf.array.shape) for leaf in self.results)
+            raise ServiceError(
+                "QUANTITY_UNSUPPORTED",
+                f"{self.resource} has {m} results (shape {shapes}), but {quantity} "
+                f"belongs to a function with 1. {remedy}",
+                field="quantities",
+                function=self.resource,
+                quantity=quantity,
+                rows=m,
+            )
+
     @property
     def is_holomorphic(self) -> bool:
         """Whether the derivative is that of a complex function."""
@@ -145,12 +207,28 @@ class Point:
 
     @property
     def value(self) -> list[Leaf]:
-        """All arrays of f(x), from the pass that differentiates if there is one."""
-        if self._value is None and self._mode is not None:
-            self._value, self._blocks = self._differentiate()
-        elif self._value is None:
+        """All arrays of f(x), from a pass that differentiated if there was one."""
+        if self._value is None:
             self._value = results(self._function, self._inputs)
         return self._value
+
+    @property
+    def results(self) -> list[Leaf]:
+        """The arrays of f(x) that have derivatives."""
+        return [leaf for leaf in self.value if is_inexact(leaf.array)]
+
+    @property
+    def result_size(self) -> int:
+        """The number m of results."""
+        return sum(leaf.array.size for leaf in self.results)
+
+    def keep(self, everything: Sequence[jax.Array]) -> None:
+        """Keeps f(x), the auxiliary of a pass that differentiates.
+
+        Of several the last counts, so that one which only looked at shapes is
+        found to be of no use when the program is compiled.
+        """
+        self._value = list(map(Leaf, self._paths, everything))
 
     @property
     def blocks(self) -> list[tuple[Leaf, list[jax.Array]]]:
@@ -159,38 +237,71 @@ class Point:
         A block has the result's shape followed by the argument's.
         """
         if self._blocks is None:
-            self._value, self._blocks = self._differentiate()
+            self._blocks = self._differentiate()
         return self._blocks
 
     @property
     def matrix(self) -> jax.Array:
         """J [m, n]."""
-        if self._matrix is None:
+        if self._matrix is None and self.strategy.jacobian == "sparse":
+            self._matrix = self.scattered("jacobian")
+        elif self._matrix is None:
             self._matrix = self._assemble()
         return self._matrix
 
-    def _differentiate(
-        self,
-    ) -> tuple[list[Leaf], list[tuple[Leaf, list[jax.Array]]]]:
-        """Returns f(x) and the blocks of J, from one pass."""
-        if self._mode is None:
+    def data(self, quantity: Quantity) -> jax.Array:
+        """The values [nnz] of a sparse derivative, in the order of its pattern."""
+        if quantity not in self._data:
+            f = self.f if quantity == "jacobian" else self.scalar_f
+            found = self._compressed[quantity].evaluate(f, *self.arguments)
+            self._data[quantity], everything = found
+            self.keep(everything)
+        return self._data[quantity]
+
+    def scattered(self, quantity: Quantity) -> jax.Array:
+        """The same derivative as a dense matrix."""
+        data, form = self.data(quantity), self._compressed[quantity]
+        return jnp.zeros(form.shape, data.dtype).at[form.rows, form.columns].set(data)
+
+    def is_values(self, quantity: Quantity, layout: Layout) -> bool:
+        """Tells whether a quantity is to be given as the values of a sparse matrix."""
+        return layout in {"csr", "coo"} and quantity in self._compressed
+
+    def hessian_blocks(self) -> list[tuple[Leaf, list[list[jax.Array]]]]:
+        """Each differentiable result, with its block for each pair of arguments."""
+        curvature = cast("Curvature", self.strategy.hessian or self.strategy.hvp)
+        outer, _, inner = curvature.partition("_over_")
+        self.check_kinds()
+        derivative = partial(differentiated, holomorphic=self.is_holomorphic)
+        first = derivative(self.f, cast("Direction", inner), None)
+        blocks, everything = derivative(
+            first, cast("Direction", outer), self.strategy.chunk_size
+        )(*self.arguments)
+        self.keep(everything)
+        return list(zip(self.results, blocks, strict=True))
+
+    def _differentiate(self) -> list[tuple[Leaf, list[jax.Array]]]:
+        """Returns the blocks of J, and keeps f(x) of the same pass."""
+        mode, chunk_size = self.strategy.jacobian, self.strategy.chunk_size
+        if mode not in {"forward", "reverse"}:
             raise AssertionError("a derivative was planned without a mode")
-        if self.is_holomorphic and not all(map(jnp.iscomplexobj, self.arguments)):
-            raise self._no_derivative(
-                "wrt mixes real and complex arguments. Name those of one kind."
-            )
-        transform = {"forward": jax.jacfwd, "reverse": jax.jacrev}[self._mode]
-        blocks, arrays = transform(
+        self.check_kinds()
+        blocks, everything = differentiated(
             self.f,
-            argnums=tuple(range(len(self.wrt))),
-            has_aux=True,
+            cast("Direction", mode),
+            chunk_size,
             holomorphic=self.is_holomorphic,
         )(*self.arguments)
-        value = list(map(Leaf, self._paths, arrays))
-        differentiable = [leaf for leaf in value if is_inexact(leaf.array)]
-        return value, [
-            (leaf, list(map(partial(_promoted, leaf), row, self.arguments)))
-            for leaf, row in zip(differentiable, blocks, strict=True)
+        self.keep(everything)
+        return [
+            (
+                leaf,
+                [
+                    promoted(leaf, b, x)
+                    for b, x in zip(row, self.arguments, strict=True)
+                ],
+            )
+            for leaf, row in zip(self.results, blocks, strict=True)
         ]
 
     def _assemble(self) -> jax.Array:
@@ -205,6 +316,17 @@ class Point:
             for leaf, blocks in self.blocks
         ]
         return jnp.concatenate(rows, axis=0)
+
+    def check_kinds(self) -> None:
+        """Refuses to differentiate for real and complex arguments at once.
+
+        Raises:
+            ServiceError: `wrt` has both.
+        """
+        if self.is_holomorphic and not all(map(jnp.iscomplexobj, self.arguments)):
+            raise self._no_derivative(
+                "wrt mixes real and complex arguments. Name those of one kind."
+            )
 
     def _check_differentiable(self, arrays: list[jax.Array]) -> None:
         if not arrays:
@@ -221,22 +343,27 @@ class Point:
                 "it returns real numbers of complex ones, and only a holomorphic "
                 "function has a complex derivative. Ask for value alone."
             )
-        if not self.is_holomorphic and any(are_complex) and self._mode == "reverse":
+        is_mixed = not self.is_holomorphic and any(are_complex)
+        if is_mixed and self.strategy.has_reverse:
             raise self._no_derivative(
                 "it returns complex numbers of real ones. Use forward mode."
             )
 
     def _no_derivative(self, problem: str) -> ServiceError:
+        modes = " and ".join(self.strategy.modes)
         return ServiceError(
             "MODE_UNSUPPORTED",
-            f"{self.resource} can't be differentiated in {self._mode} mode: {problem}",
+            f"{self.resource} can't be differentiated in {modes} mode: {problem}",
             field="mode",
             function=self.resource,
-            mode=self._mode,
+            mode=modes,
         )
 
 
-def _promoted(leaf: Leaf, block: jax.Array, argument: jax.Array) -> jax.Array:
-    # Forward mode has the result's dtype, reverse mode the argument's: where they
-    # differ, a derivative's dtype must not depend on the mode.
-    return block.astype(jnp.promote_types(leaf.array.dtype, argument.dtype))
+def promoted(leaf: Leaf, array: jax.Array, argument: jax.Array) -> jax.Array:
+    """Returns a derivative in the dtype that holds both result and argument.
+
+    Forward mode has the result's dtype, reverse mode the argument's: where they
+    differ, a derivative's dtype must not depend on the mode.
+    """
+    return array.astype(jnp.promote_types(leaf.array.dtype, argument.dtype))

@@ -1,0 +1,245 @@
+"""Fits tangents and cotangents to what they are multiplied with.
+
+In a query without a batch, a vector has the shape of what it belongs to, or one axis k
+more for several at once. In a batch of b points, one without further axes is shared,
+[b, ...] has one for each point, and [b, k, ...] several.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from jacserve import trees
+from jacserve.tensors import Array, cast_target, converted, dtype_named, format_shape
+from jacserve.trees import Path
+from jacserve_server.errors import ServiceError
+from jacserve_server.quantities import QUANTITIES
+from jacserve_server.query import Query
+from jacserve_server.signature import INEXACT, FunctionSpec
+from jacserve_server.work import InputSpec
+
+Kind = Literal["tangents", "cotangents"]
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """An argument that is differentiated: its name, and shape and dtype at a point."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """Vectors that fit, and what a program has to know of them."""
+
+    tangents: tuple[InputSpec, ...] = ()
+    cotangents: tuple[tuple[Path, InputSpec], ...] = ()
+    arrays: tuple[Array, ...] = ()
+
+
+def fit_vectors(
+    query: Query,
+    function: FunctionSpec,
+    wrt: Sequence[Variable],
+    batch: int | None,
+) -> Vectors:
+    """Checks the vectors of a query.
+
+    Args:
+        query: What was asked.
+        function: The function.
+        wrt: The arguments differentiated, in order.
+        batch: The points of the batch; None for one.
+
+    Returns:
+        The vectors, converted where the query allows it. How many numbers a
+        cotangent must have shows when the function is traced.
+
+    Raises:
+        ServiceError: A vector is missing or left over, or does not fit.
+    """
+    _check_presence(query, "tangents", len(query.tangents))
+    _check_presence(query, "cotangents", len(query.cotangents))
+    widest = _common_dtype(wrt)
+    tangents = [
+        _fitted(query, array, shape, batch, f"tangents[{place}]", label, dtype)
+        for place, (label, array, shape, dtype) in enumerate(
+            _tangents(query, function, wrt, widest)
+        )
+    ]
+    cotangents = [
+        (
+            path,
+            *_fitted(query, array, shape, batch, f"cotangents[{place}]", label, widest),
+        )
+        for place, (path, label, array, shape) in enumerate(
+            _cotangents(query, function)
+        )
+    ]
+    for kind, several in (
+        ("tangents", [len(spec.shape) > rank for spec, _, rank in tangents]),
+        ("cotangents", [len(spec.shape) > rank for _, spec, _, rank in cotangents]),
+    ):
+        if len(set(several)) > 1:
+            raise ServiceError(
+                "SHAPE_MISMATCH",
+                f"some {kind} have an axis for several at once, and some have none. "
+                "Pass all with one, of the same length, or all without.",
+                field=kind,
+            )
+    return Vectors(
+        tangents=tuple(spec for spec, _, _ in tangents),
+        cotangents=tuple((path, spec) for path, spec, _, _ in cotangents),
+        arrays=(
+            *(array for _, array, _ in tangents),
+            *(array for _, _, array, _ in cotangents),
+        ),
+    )
+
+
+def _check_presence(query: Query, kind: Kind, count: int) -> None:
+    takers = [q for q in query.quantities if QUANTITIES[q].takes == kind]
+    if bool(takers) == bool(count):
+        return
+    problem = f"{kind} were given, but no quantity takes them. Leave them out."
+    if takers:
+        problem = f"{', '.join(takers)} needs {kind}. Pass {kind}=."
+    raise ServiceError(
+        "ARGUMENT_MISMATCH", problem, field=kind, quantities=", ".join(query.quantities)
+    )
+
+
+def _common_dtype(wrt: Sequence[Variable]) -> str:
+    dtypes = {variable.dtype for variable in wrt}
+    if not dtypes:
+        return "float64"
+    return np.result_type(*map(dtype_named, dtypes)).name
+
+
+def _tangents(
+    query: Query, function: FunctionSpec, wrt: Sequence[Variable], widest: str
+) -> list[tuple[str, Array, tuple[int, ...], str]]:
+    """Returns label, array, shape and dtype of each tangent, in the order of wrt."""
+    tangents = list(query.tangents)
+    if not tangents:
+        return []
+    names = [variable.name for variable in wrt]
+    if query.layout != "blocks":
+        if len(tangents) > 1 or tangents[0][0]:
+            raise ServiceError(
+                "ARGUMENT_MISMATCH",
+                "tangents by argument belong to the blocks layout. Pass "
+                'layout="blocks", or one array of n numbers, in the order of the '
+                "columns.",
+                field="tangents",
+                function=function.resource,
+            )
+        n = sum(int(np.prod(variable.shape)) for variable in wrt)
+        return [("the tangent", tangents[0][1], (n,), widest)]
+    given = {
+        label or (names[place] if place < len(names) else str(place)): array
+        for place, (label, array) in enumerate(tangents)
+    }
+    if list(given) != names and (set(given) != set(names)):
+        raise ServiceError(
+            "ARGUMENT_MISMATCH",
+            f"tangents were given for {', '.join(given)}, but {', '.join(names)} "
+            "are differentiated. Pass one for each of these.",
+            field="tangents",
+            function=function.resource,
+            given=", ".join(given),
+            wrt=", ".join(names),
+        )
+    return [(f"the tangent of {v.name}", given[v.name], v.shape, v.dtype) for v in wrt]
+
+
+def _cotangents(
+    query: Query, function: FunctionSpec
+) -> list[tuple[Path, str, Array, tuple[int | None, ...]]]:
+    """Returns path, label, array and shape of each cotangent; None is not yet known."""
+    if query.layout != "blocks":
+        if len(query.cotangents) > 1 or any(path for path, _ in query.cotangents):
+            raise ServiceError(
+                "ARGUMENT_MISMATCH",
+                "cotangents by result belong to the blocks layout. Pass "
+                'layout="blocks", or one array of m numbers, in the order of the '
+                "rows.",
+                field="cotangents",
+                function=function.resource,
+            )
+        return [((), "the cotangent", array, (None,)) for _, array in query.cotangents]
+    ranks = {path: len(shape) for path, shape in function.results}
+    found: list[tuple[Path, str, Array, tuple[int | None, ...]]] = []
+    for place, (path, array) in enumerate(query.cotangents):
+        if path not in ranks or path in [other for other, *_ in found]:
+            raise ServiceError(
+                "ARGUMENT_MISMATCH",
+                f"{function.resource} has no result at {trees.format_path(path)}, or "
+                "it was given twice. Structure the cotangents as the result is.",
+                field=f"cotangents[{place}].path",
+                function=function.resource,
+            )
+        label = f"the cotangent {trees.format_path(path)}".strip()
+        found.append((path, label, array, (None,) * ranks[path]))
+    return found
+
+
+def _fitted(
+    query: Query,
+    array: Array,
+    shape: tuple[int | None, ...],
+    batch: int | None,
+    field: str,
+    label: str,
+    dtype: str,
+) -> tuple[InputSpec, Array, int]:
+    """Returns a vector as a program takes it, and the rank of a single one."""
+    further = array.ndim - len(shape)
+    fits = 0 <= further <= (1 if batch is None else 2) and all(
+        expected is None or size == expected
+        for size, expected in zip(array.shape[further:], shape, strict=True)
+    )
+    is_batched = batch is not None and further > 0
+    if not fits or (is_batched and array.shape[0] != batch):
+        single = tuple("m" if size is None else size for size in shape)
+        more = (
+            [("k", *single)]
+            if batch is None
+            else [(batch, *single), (batch, "k", *single)]
+        )
+        raise ServiceError(
+            "SHAPE_MISMATCH",
+            f"{label} has shape {format_shape(array.shape)}, but takes "
+            f"{format_shape(single)}. Pass that, or "
+            f"{' or '.join(map(format_shape, more))} for several.",
+            field=f"{field}.tensor.shape",
+            shape=format_shape(array.shape),
+            expected=format_shape(single),
+        )
+    array = _with_dtype(query, array, field, label, dtype)
+    point_shape = array.shape[1:] if is_batched else array.shape
+    spec = InputSpec(point_shape, array.dtype.name, is_batched=is_batched)
+    return spec, array, len(shape)
+
+
+def _with_dtype(
+    query: Query, array: Array, field: str, label: str, dtype: str
+) -> Array:
+    given = array.dtype.name
+    # The dtype of a result shows when the function is traced.
+    if given == dtype or (field.startswith("cotangents") and given in INEXACT):
+        return array
+    if query.cast and cast_target(given, (dtype,)):
+        return converted(array, dtype)
+    raise ServiceError(
+        "DTYPE_MISMATCH",
+        f"{label} is {given}, but takes {dtype}. Convert it"
+        + (", or set cast." if cast_target(given, (dtype,)) else "."),
+        field=f"{field}.tensor.dtype",
+        dtype=given,
+        accepted=dtype,
+    )
