@@ -24,7 +24,7 @@ $(VENV)/.runtime: pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.runtime
 	@echo "Installing the development tools ..."
-	@$(BIN)/python -m pip install --quiet -e ".[server,cli]" --group dev
+	@$(BIN)/python -m pip install --quiet -e ".[server,cli,sparse,plot]" --group dev
 	@touch $@
 
 .PHONY: install
@@ -41,6 +41,22 @@ serve: $(VENV)/.runtime ## Serves examples/functions.py on localhost:50051
 .PHONY: test
 test: $(VENV)/.dev ## Runs the tests
 	@$(BIN)/python -m pytest
+
+.PHONY: gallery
+gallery: $(VENV)/.dev ## Runs the pages of examples/gallery, and draws their pictures
+	@$(BIN)/python examples/gallery/run.py
+
+.PHONY: bench-sparse
+bench-sparse: $(VENV)/.dev ## Times sparse Jacobians beside dense ones and asdex
+	@$(BIN)/python benchmarks/sparse.py
+
+.PHONY: bench-fusion
+bench-fusion: $(VENV)/.dev ## Times several quantities at once beside each alone
+	@$(BIN)/python benchmarks/fusion.py
+
+.PHONY: bench-chunks
+bench-chunks: $(VENV)/.dev ## Times Jacobians all at once and in chunks
+	@$(BIN)/python benchmarks/chunks.py
 
 .PHONY: check
 check: format-check lint types layers proto-check test ## Runs everything that CI runs

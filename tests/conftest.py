@@ -1,3 +1,5 @@
+import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -5,6 +7,9 @@ import pytest
 import jacserve
 import zoo
 from jacserve_server import RunningServer, serving
+
+# What was measured on this machine must not decide what the tests see.
+os.environ["JACSERVE_CACHE_DIR"] = tempfile.mkdtemp(prefix="jacserve-tests-")
 
 
 @pytest.fixture(scope="session")

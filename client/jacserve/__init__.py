@@ -4,6 +4,7 @@ The client needs numpy, grpcio and protobuf, and nothing else.
 """
 
 from jacserve.async_client import AsyncClient
+from jacserve.checking import Check
 from jacserve.client import Client
 from jacserve.errors import (
     CancelledError,
@@ -34,6 +35,7 @@ __all__ = [
     "AsyncClient",
     "CancelledError",
     "CapacityError",
+    "Check",
     "Client",
     "DeadlineError",
     "FunctionInfo",

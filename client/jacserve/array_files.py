@@ -12,9 +12,11 @@ import numpy as np
 from jacserve import tensors, trees
 from jacserve.functions import FunctionInfo
 from jacserve.results import Result
+from jacserve.sparse import SparseMatrix
 from jacserve.tensors import Array
 from jacserve.vocabulary import DTYPES
 
+_PLACED = re.compile(r"([\w.]+)=(.*)", re.DOTALL)
 _NAMED = re.compile(r"([^\W\d]\w*)=(.*)", re.DOTALL)
 
 
@@ -67,6 +69,40 @@ def read_inputs(
     return by_name or tuple(in_order)
 
 
+def read_cotangents(
+    texts: Sequence[str], function: FunctionInfo, dtype: str | None
+) -> Any:
+    """Reads the cotangents of a call.
+
+    Args:
+        texts: "ARRAY", or "PATH=ARRAY" for each array of the result, where PATH is
+            made of its keys and indices, joined by dots.
+        function: The function, whose arguments give JSON numbers their dtype.
+        dtype: The dtype of JSON numbers; None for the widest that is accepted.
+
+    Returns:
+        One array, or a tree of them.
+
+    Raises:
+        ArrayTextError: A cotangent can't be read, or they form no tree.
+    """
+    of_numbers = [a.dtypes for a in function.arguments if a.differentiable]
+    dtypes = (dtype,) if dtype else (of_numbers or [("float64",)])[0]
+    leaves: list[tuple[trees.Path, Array]] = []
+    for text in texts:
+        match = _PLACED.fullmatch(text)
+        steps = match[1].split(".") if match else []
+        path = tuple(int(step) if step.isdecimal() else step for step in steps)
+        leaves.append((path, _read_array(match[2] if match else text, dtypes)))
+    try:
+        return trees.unflatten(leaves)
+    except ValueError as error:
+        raise ArrayTextError(
+            f"The cotangents don't fit together: {error}. Give one array, or one for "
+            "each path of the result."
+        ) from error
+
+
 def _read_array(text: str, dtypes: Sequence[str]) -> Array:
     if Path(text).suffix == ".npy":
         return _load(text)
@@ -112,10 +148,20 @@ def _load(path: str) -> Any:
 
 
 def flat(result: Result) -> Iterator[tuple[str, Array]]:
-    """Yields every array of an answer with a label such as "value['z'][0]"."""
+    """Yields every array of an answer with a label such as "value['z'][0]".
+
+    A sparse matrix is four: its data, rows, columns and shape.
+    """
     for quantity, tree in result.quantities.items():
         for path, array in trees.flatten(tree):
-            yield quantity + trees.format_path(path), array
+            label = quantity + trees.format_path(path)
+            if isinstance(array, SparseMatrix):
+                yield f"{label}.data", array.data
+                yield f"{label}.rows", array.pattern.rows
+                yield f"{label}.columns", array.pattern.columns
+                yield f"{label}.shape", np.array(array.shape)
+            else:
+                yield label, array
 
 
 def write_result(result: Result, path: Path) -> None:
@@ -157,6 +203,7 @@ def to_json(result: Result) -> str:
     answer = {
         "function": result.function,
         "mode": result.mode,
+        "modes": dict(result.modes),
         "finite": result.finite,
         "device": result.device,
         "timing": {
@@ -177,6 +224,13 @@ def _jsonable(tree: Any) -> Any:
             return {key: _jsonable(child) for key, child in tree.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
         case tuple() | list():
             return [_jsonable(child) for child in tree]  # pyright: ignore[reportUnknownVariableType]
+        case SparseMatrix():
+            return {
+                "shape": list(tree.shape),
+                "rows": tree.pattern.rows.tolist(),
+                "columns": tree.pattern.columns.tolist(),
+                "data": _jsonable(tree.data),
+            }
         case np.ndarray():
             return _jsonable(tree.tolist())
         case complex():

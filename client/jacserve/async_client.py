@@ -7,7 +7,8 @@ from typing import Any, Self, Unpack
 import grpc.aio
 
 from jacserve.channels import DEFAULT_TARGET, channel_options
-from jacserve.errors import PreconditionError, translated
+from jacserve.checking import Check, checks, named_arrays
+from jacserve.errors import JacobianError, PreconditionError, translated
 from jacserve.functions import (
     FunctionInfo,
     Sparsity,
@@ -115,6 +116,42 @@ class AsyncClient:
                 request, timeout=timeout_of(timeout_s, self._timeout_s)
             )
         return decode_sparsity(found)
+
+    async def check(
+        self,
+        function: str,
+        inputs: Inputs | None = None,
+        *,
+        sizes: Mapping[str, int] | None = None,
+        points: int = 3,
+        seed: int = 0,
+        timeout_s: float | None = None,
+    ) -> list[Check]:
+        """Compares every derivative with differences; see `Client.check`."""
+        info = await self.describe(function, timeout_s=timeout_s)
+        asking = checks(
+            info,
+            inputs=None if inputs is None else named_arrays(inputs, info),
+            sizes=sizes or {},
+            points=points,
+            seed=seed,
+        )
+        answer: Result | JacobianError | None = None
+        while True:
+            try:
+                ask = asking.send(answer) if answer else next(asking)
+            except StopIteration as stop:
+                return stop.value
+            try:
+                answer = await self.evaluate(
+                    function,
+                    ask.inputs,
+                    quantities=ask.quantities,
+                    timeout_s=timeout_s,
+                    **ask.options,
+                )
+            except JacobianError as error:
+                answer = error
 
     async def evaluate(
         self,

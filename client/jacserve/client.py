@@ -7,7 +7,8 @@ from typing import Any, Self, Unpack
 import grpc
 
 from jacserve.channels import DEFAULT_TARGET, channel_options
-from jacserve.errors import PreconditionError, translated
+from jacserve.checking import Check, checks, named_arrays
+from jacserve.errors import JacobianError, PreconditionError, translated
 from jacserve.functions import (
     FunctionInfo,
     Sparsity,
@@ -166,6 +167,57 @@ class Client:
                 request, timeout=timeout_of(timeout_s, self._timeout_s)
             )
         return decode_sparsity(found)
+
+    def check(
+        self,
+        function: str,
+        inputs: Inputs | None = None,
+        *,
+        sizes: Mapping[str, int] | None = None,
+        points: int = 3,
+        seed: int = 0,
+        timeout_s: float | None = None,
+    ) -> list[Check]:
+        """Compares every derivative of a function with differences of its values.
+
+        Args:
+            function: Its name.
+            inputs: The point to compare at; random ones where it is left out.
+            sizes: Sizes of its symbolic dimensions, for random points.
+            points: How many random points, each with a random direction.
+            seed: Of the random numbers.
+            timeout_s: Seconds for each call.
+
+        Returns:
+            A check for each dtype and derivative; see `jacserve.Check`.
+
+        Raises:
+            JacobianError: A call failed, other than by refusing the derivative.
+        """
+        info = self.describe(function, timeout_s=timeout_s)
+        asking = checks(
+            info,
+            inputs=None if inputs is None else named_arrays(inputs, info),
+            sizes=sizes or {},
+            points=points,
+            seed=seed,
+        )
+        answer: Result | JacobianError | None = None
+        while True:
+            try:
+                ask = asking.send(answer) if answer else next(asking)
+            except StopIteration as stop:
+                return stop.value
+            try:
+                answer = self.evaluate(
+                    function,
+                    ask.inputs,
+                    quantities=ask.quantities,
+                    timeout_s=timeout_s,
+                    **ask.options,
+                )
+            except JacobianError as error:
+                answer = error
 
     def evaluate(
         self,

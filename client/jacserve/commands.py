@@ -18,13 +18,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jacserve import array_files
+from jacserve import array_files, pictures
 from jacserve.array_files import ArrayTextError
 from jacserve.channels import DEFAULT_TARGET
 from jacserve.client import Client
 from jacserve.errors import JacobianError
-from jacserve.functions import FunctionInfo
-from jacserve.queries import Options
+from jacserve.functions import FunctionInfo, Sparsity
+from jacserve.pictures import PictureError
+from jacserve.queries import EvaluateOptions
 from jacserve.results import Result
 from jacserve.tensors import format_shape
 from jacserve.vocabulary import QUANTITIES, Layout, ModeOption, Quantity
@@ -85,13 +86,85 @@ def list_functions(target: Target = DEFAULT_TARGET, timeout: Timeout = None) -> 
 @app.command()
 def describe(
     name: Annotated[str, typer.Argument(help="The function: NAME or NAME@VERSION.")],
+    sparsity: Annotated[
+        bool, typer.Option("--sparsity", help="Show where J can be other than zero.")
+    ] = False,
+    hessian: Annotated[
+        bool, typer.Option("--hessian", help="With --sparsity: H instead of J.")
+    ] = False,
+    sizes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--size",
+            "-s",
+            metavar="NAME=SIZE",
+            help="With --sparsity: size of a symbolic dimension; may be repeated.",
+            show_default="32",
+        ),
+    ] = None,
+    wrt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --sparsity: an argument to differentiate with respect to; may "
+            "be repeated.",
+            show_default="all",
+        ),
+    ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --sparsity: draw it into this file, such as pattern.png.",
+            show_default="none",
+        ),
+    ] = None,
     target: Target = DEFAULT_TARGET,
     timeout: Timeout = None,
 ) -> None:
-    """Describe one function: arguments, results, modes and documentation."""
+    """Describe one function: arguments, results, modes and documentation.
+
+    Example: jacserve describe burgers --sparsity --size n=100 --picture burgers.png
+    """
     with _connected(target) as client:
         function = client.describe(name, timeout_s=timeout)
-    _print_description(function, _console())
+        _print_description(function, _console())
+        if not sparsity:
+            return
+        found = client.sparsity(
+            name,
+            sizes=_sizes(sizes),
+            wrt=wrt or (),
+            quantity="hessian" if hessian else "jacobian",
+            timeout_s=timeout,
+        )
+        _print_sparsity(found, _console())
+        if picture is not None:
+            of = "Hessian" if hessian else "Jacobian"
+            pictures.draw(found, f"{of} of {name}", picture)
+
+
+def _sizes(texts: list[str] | None) -> dict[str, int]:
+    pairs = [text.partition("=") for text in texts or ()]
+    for name, _, size in pairs:
+        if not name.isidentifier() or not size.isdecimal():
+            raise ArrayTextError("--size takes NAME=SIZE, such as n=100.")
+    return {name: int(size) for name, _, size in pairs}
+
+
+def _print_sparsity(sparsity: Sparsity, console: Console) -> None:
+    pattern = sparsity.pattern
+    m, n = pattern.shape
+    share = pattern.nnz / (m * n) if m * n else 0.0
+    console.print(f"\n[bold]sparsity[/bold] at {escape(sparsity.inputs)}")
+    console.print(
+        f"  {m} x {n}, {pattern.nnz} entries ({share:.2%}), {sparsity.color_count} "
+        f"products ({sparsity.mode.replace('_', ' ')})"
+    )
+    lines = pictures.text_blocks(pattern)
+    width = len(lines[0])
+    console.print(f"  ┌{'─' * width}┐", markup=False)
+    for line in lines:
+        console.print(f"  │{line}│", markup=False, highlight=False)
+    console.print(f"  └{'─' * width}┘", markup=False)
 
 
 def _print_description(function: FunctionInfo, console: Console) -> None:
@@ -116,6 +189,15 @@ def _print_description(function: FunctionInfo, console: Console) -> None:
         console.print(f"  auto means {function.preferred_mode}")
     if function.max_batch:
         console.print(f"\nat most {function.max_batch} points in one call")
+    if function.measured_strategies:
+        console.print("\n[bold]measured: what auto means[/bold]")
+    for each in function.measured_strategies:
+        points = "one point" if each.bucket is None else f"batches near {each.bucket}"
+        chunk = f" by {each.chunk_size}" if each.chunk_size else ""
+        console.print(
+            f"  {escape(each.inputs)}, {points}: {each.mode}{chunk}, "
+            f"{each.speedup:.2f} times as fast as by shape"
+        )
 
 
 @app.command("eval")
@@ -147,7 +229,29 @@ def evaluate(
         ),
     ] = None,
     mode: Annotated[ModeOption, typer.Option(help="How to differentiate.")] = "auto",
-    layout: Annotated[Layout, typer.Option(help="Shape of derivatives.")] = "matrix",
+    layout: Annotated[
+        Layout | None,
+        typer.Option(
+            help="Shape of derivatives.", show_default="matrix, or csr in sparse mode"
+        ),
+    ] = None,
+    tangents: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tangent",
+            help="v of jvp and hvp, as an input is given.",
+            show_default="none",
+        ),
+    ] = None,
+    cotangents: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cotangent",
+            help="u of vjp: an array as an input is given, or PATH= and one, where "
+            "PATH is a key or index of the result, or several joined by dots.",
+            show_default="none",
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -176,16 +280,23 @@ def evaluate(
     """
     # A word that does not exist is refused with the list of those that do.
     asked = typing.cast("list[Quantity]", quantities or ["value", "jacobian"])
-    options: Options = {
+    options: EvaluateOptions = {
         "wrt": wrt or (),
         "mode": mode,
-        "layout": layout,
         "cast": cast,
         "require_finite": require_finite,
         "timeout_s": timeout,
     }
+    if layout is not None:
+        options["layout"] = layout
     with _connected(target) as client:
         function = client.describe(name, timeout_s=timeout)
+        if tangents:
+            options["tangents"] = array_files.read_inputs(tangents, function, dtype)
+        if cotangents:
+            options["cotangents"] = array_files.read_cotangents(
+                cotangents, function, dtype
+            )
         result = client.evaluate(
             name,
             array_files.read_inputs(inputs, function, dtype),
@@ -231,6 +342,6 @@ def _connected(target: str) -> Generator[Client]:
     try:
         with Client(target) as client:
             yield client
-    except (JacobianError, ArrayTextError) as error:
+    except (JacobianError, ArrayTextError, PictureError) as error:
         print(f"jacserve: {error}", file=sys.stderr)
         raise typer.Exit(1) from error

@@ -107,6 +107,7 @@ class FunctionInfo:
         max_batch: The most points of one call; None for no limit.
         measured_strategies: What was measured to be the fastest way to J, and is
             what "auto" stands for at these inputs.
+        sizes: Sizes of its symbolic dimensions at which it is known to work.
     """
 
     name: str
@@ -119,6 +120,7 @@ class FunctionInfo:
     preferred_mode: ModeOption
     max_batch: int | None
     measured_strategies: tuple[MeasuredStrategy, ...]
+    sizes: Mapping[str, int]
 
     @property
     def signature(self) -> str:
@@ -175,6 +177,7 @@ def decode_function(message: pb.Function) -> FunctionInfo:
             )
             for measured in message.measured_strategies
         ),
+        sizes=dict(message.sizes),
     )
 
 

@@ -149,7 +149,10 @@ class Result:
 
     @property
     def condition_number(self) -> Array:
-        """The largest singular value of J over the smallest; Inf without full rank."""
+        """The largest singular value of J over the smallest.
+
+        Inf, or beyond 1 / eps, where J has no full rank.
+        """
         return self._quantity("condition_number")
 
     def _matrix(self, name: str) -> Any:

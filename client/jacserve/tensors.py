@@ -5,6 +5,7 @@ no strides, so a transposed or sliced array can't arrive scrambled; and its byte
 count is checked against shape and item size before anything is allocated.
 """
 
+import functools
 import importlib
 import math
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ class MalformedTensorError(ValueError):
     """A tensor's dtype, shape and bytes contradict each other."""
 
 
+@functools.cache
 def dtype_named(name: str) -> np.dtype[Any]:
     """Returns the numpy dtype of that name, in native byte order.
 
@@ -95,6 +97,17 @@ def converted(array: Array, dtype: str) -> Array:
     return result
 
 
+@functools.lru_cache(maxsize=64)
+def _on_the_wire(dtype: np.dtype[Any]) -> tuple[pb.DType, np.dtype[Any]]:
+    """Returns the contract's number of a dtype, and its form on the wire."""
+    if dtype.name not in DTYPES:
+        raise TypeError(
+            f"dtype {dtype} can't be sent. Convert the array to one of "
+            f"{', '.join(DTYPES)}."
+        )
+    return DTYPES[dtype.name], dtype.newbyteorder("<")
+
+
 def encode_into(tensor: pb.Tensor, array: npt.ArrayLike) -> None:
     """Encodes an array, whatever its strides and byte order, in one copy.
 
@@ -106,15 +119,10 @@ def encode_into(tensor: pb.Tensor, array: npt.ArrayLike) -> None:
         TypeError: The contract has no such dtype.
     """
     x = np.asarray(array)
-    if x.dtype.name not in DTYPES:
-        raise TypeError(
-            f"dtype {x.dtype} can't be sent. Convert the array to one of "
-            f"{', '.join(DTYPES)}."
-        )
-    tensor.dtype = DTYPES[x.dtype.name]
+    number, little_endian = _on_the_wire(x.dtype)
+    tensor.dtype = number
     tensor.shape.extend(x.shape)
-    little_endian = x.dtype.newbyteorder("<")
-    tensor.data = x.astype(little_endian, copy=False).tobytes(order="C")
+    tensor.data = x.astype(little_endian, copy=False).tobytes()
 
 
 def decode(tensor: pb.Tensor) -> Array:
@@ -138,24 +146,24 @@ def decode(tensor: pb.Tensor) -> Array:
             f"Set one of {', '.join(DTYPES)}."
         ) from None
     dtype = dtype_named(name)
-    if len(tensor.shape) > MAX_RANK:
-        raise MalformedTensorError(
-            f"the shape has {len(tensor.shape)} axes, but at most {MAX_RANK} are "
-            "allowed. Reshape the array."
-        )
     shape = tuple(tensor.shape)
-    if not all(0 <= size <= MAX_AXIS_SIZE for size in shape):
+    if len(shape) > MAX_RANK:
+        raise MalformedTensorError(
+            f"the shape has {len(shape)} axes, but at most {MAX_RANK} are allowed. "
+            "Reshape the array."
+        )
+    if shape and not (min(shape) >= 0 and max(shape) <= MAX_AXIS_SIZE):
         raise MalformedTensorError(
             f"the shape {format_shape(shape)} has an axis outside "
             f"0 to {MAX_AXIS_SIZE}. Send the array's own shape."
         )
-    if math.prod(max(size, 1) for size in shape) * dtype.itemsize > _MAX_BYTES:
+    expected = math.prod(shape) * dtype.itemsize
+    if max(expected, 16 * math.prod(size or 1 for size in shape)) > _MAX_BYTES:
         raise MalformedTensorError(
             f"the shape {format_shape(shape)} is larger than any array can be. "
             "Send the array's own shape."
         )
     data = tensor.data  # Every access makes a new copy.
-    expected = math.prod(shape) * dtype.itemsize
     if len(data) != expected:
         raise MalformedTensorError(
             f"shape {format_shape(shape)} of {name} takes {expected} bytes, but data "

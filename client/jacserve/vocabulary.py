@@ -53,6 +53,12 @@ LAYOUTS: Mapping[str, pb.Layout] = _words(pb.Layout, "LAYOUT_")
 DTYPES: Mapping[str, pb.DType] = _words(pb.DType, "DTYPE_")
 
 
+_BY_NUMBER = {
+    id(words): {number: text for text, number in words.items()}
+    for words in (QUANTITIES, MODES, MODE_OPTIONS, LAYOUTS, DTYPES)
+}
+
+
 def word(words: Mapping[str, int], number: int) -> str:
     """Returns the word for a number of the wire.
 
@@ -66,7 +72,4 @@ def word(words: Mapping[str, int], number: int) -> str:
     Raises:
         KeyError: The number is unspecified or unknown.
     """
-    for candidate, value in words.items():
-        if value == number:
-            return candidate
-    raise KeyError(number)
+    return _BY_NUMBER[id(words)][number]

@@ -8,12 +8,11 @@ from typing import Any
 
 from jaxtyping import AbstractArray
 
+from jacserve.dimensions import Dimension, DimensionError
 from jacserve_server.registry import underlying
 from jacserve_server.signature import (
     DTYPES,
     Argument,
-    Dimension,
-    DimensionError,
     Signature,
 )
 

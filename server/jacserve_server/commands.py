@@ -1,27 +1,56 @@
-"""The server's command: `jacserve serve`."""
+"""The server's commands: `jacserve serve`, `jacserve check` and `jacserve tune`."""
 
 import logging
 import os
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
+    from jacserve.checking import Check
+    from jacserve_server.config import Config
+    from jacserve_server.measurements import Measurement
+    from jacserve_server.registry import Registry
+
+
+Targets = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="FILE_OR_MODULE...",
+        help="Python files, importable modules or MODULE:ATTRIBUTE that register "
+        "functions.",
+        show_default="all installed entry points of the group jacserve.functions",
+    ),
+]
+Functions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--function",
+        "-f",
+        help="A function, NAME or NAME@VERSION; may be repeated.",
+        show_default="all",
+    ),
+]
+Sizes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--size",
+        "-s",
+        metavar="NAME=SIZE",
+        help="Size of a symbolic dimension; may be repeated.",
+        show_default="one that works",
+    ),
+]
+
 
 def serve(
-    targets: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="FILE_OR_MODULE...",
-            help="Python files, importable modules or MODULE:ATTRIBUTE that register "
-            "functions.",
-            show_default="all installed entry points of the group jacserve.functions",
-        ),
-    ] = None,
+    targets: Targets = None,
     host: Annotated[
         str | None,
         typer.Option(help="Address to listen on.", show_default="127.0.0.1"),
@@ -45,23 +74,14 @@ def serve(
     environment as JACSERVE_ and its name in capitals. Flags go before the
     environment, the environment before the file.
     """
-    try:
-        from pydantic import ValidationError
-
+    with _needing_server():
         from jacserve_server.config import Config
         from jacserve_server.executor import DeviceError
         from jacserve_server.loading import load_registries
         from jacserve_server.registration import build_catalog
         from jacserve_server.registry import RegistrationError
         from jacserve_server.server import AddressError, run, serve_until_signal
-    except ModuleNotFoundError as error:
-        _fail(f'{error.name} is missing. Run: pip install "jacserve[server]"')
-    try:
-        settings = Config.load(config, host=host, port=port, device=device)
-    except ValidationError as error:
-        _fail("\n".join(_settings_problems(error)))
-    except (OSError, ValueError) as error:
-        _fail(f"{config} can't be read: {error}")
+    settings = _settings(config, host=host, port=port, device=device)
     for name in os.environ:
         setting = name.removeprefix("JACSERVE_").lower()
         if name.startswith("JACSERVE_") and setting not in {
@@ -91,6 +111,209 @@ def serve(
     if not is_drained:
         # A running program can't be interrupted, and Python would wait for it.
         os._exit(1)
+
+
+def check(
+    targets: Targets = None,
+    functions: Functions = None,
+    sizes: Sizes = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            "-i",
+            help="The point to compare at, as `jacserve eval` takes it; for one "
+            "function.",
+            show_default="random points",
+        ),
+    ] = None,
+    points: Annotated[
+        int, typer.Option(min=1, help="Random points for each function and dtype.")
+    ] = 3,
+    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+) -> None:
+    """Compare every derivative of functions with differences of their values.
+
+    Each Jacobian in each mode, and each product, is compared in random directions at
+    random points, by extrapolated central differences. Ends with status 1 where a
+    derivative is off by more than rounding explains, or none of a function's could be
+    compared. Example: jacserve check functions.py --function spherical
+    """
+    with _needing_server():
+        from jacserve import array_files
+        from jacserve.client import Client
+        from jacserve.errors import JacobianError
+        from jacserve_server.server import serving
+    registries = _loaded(targets)
+    is_wrong = False
+    try:
+        with serving(*registries) as server, Client(server.target) as client:
+            wanted = [client.describe(name) for name in functions or ()]
+            for info in wanted or client.functions():
+                name = f"{info.name}@{info.version}"
+                given = inputs and array_files.read_inputs(inputs, info, None)
+                found = client.check(
+                    name, given or None, sizes=_sizes(sizes), points=points, seed=seed
+                )
+                is_wrong |= any(c.was_compared and not c.ok for c in found)
+                is_wrong |= bool(found) and not any(c.was_compared for c in found)
+                _print_checks(name, found)
+    except (JacobianError, array_files.ArrayTextError, ValueError) as error:
+        _fail(str(error))
+    raise typer.Exit(int(is_wrong))
+
+
+def _print_checks(name: str, found: "list[Check]") -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(highlight=False, soft_wrap=True)
+    if not found:
+        console.print(f"[bold]{name}[/bold]  [dim]has no derivatives[/dim]")
+        return
+    console.print(f"[bold]{name}[/bold]")
+    for each in found:
+        label = f"  {each.dtype:<11}{each.derivative:<20}"
+        if not each.was_compared:
+            console.print(
+                f"{label} [yellow]not compared[/yellow]: {escape(each.detail)}"
+            )
+            continue
+        verdict = "[green]ok[/green]   " if each.ok else "[red bold]WRONG[/red bold]"
+        detail = "" if each.ok else f"  {escape(each.detail)}"
+        console.print(
+            f"{label} {verdict} off by {each.error:.1e} of {each.tolerance:.0e}{detail}"
+        )
+
+
+def tune(
+    targets: Targets = None,
+    functions: Functions = None,
+    sizes: Sizes = None,
+    batches: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--batch",
+            "-b",
+            min=0,
+            help="Points at once; 0 is one point without a batch axis. May be "
+            "repeated.",
+            show_default="0 and 64",
+        ),
+    ] = None,
+    dtypes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--dtype",
+            "-d",
+            help="Dtype of the inputs; may be repeated.",
+            show_default="float32 and float64, where they are accepted",
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="auto, cpu, gpu or gpu:N.", show_default="auto"),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="TOML file of settings.", show_default="none"),
+    ] = None,
+) -> None:
+    """Measure the fastest way to each Jacobian, and keep it for servers to use.
+
+    Forward, reverse and sparse mode, all at once and in chunks, are timed in turn.
+    What is found is kept in the cache_dir of the settings; servers that start later
+    take it where a call leaves the mode open, for inputs of the same shapes and
+    dtypes. Example: jacserve tune functions.py --size n=1000
+    """
+    with _needing_server():
+        from jacserve_server.errors import ServiceError
+        from jacserve_server.executor import DeviceError, find_device, memory_budget
+        from jacserve_server.measurements import Measurements
+        from jacserve_server.programs import Limits
+        from jacserve_server.registration import build_catalog
+        from jacserve_server.registry import RegistrationError
+        from jacserve_server.tuning import keys_to_measure, measure
+    settings = _settings(config, device=device)
+    try:
+        catalog = build_catalog(_loaded(targets))
+        found_device = find_device(settings.device)
+        chosen = [catalog.find(name) for name in functions or ()]
+    except (RegistrationError, DeviceError, ServiceError) as error:
+        _fail(str(error))
+    limits = Limits(
+        result_bytes=2**62,
+        program_bytes=settings.max_program_bytes or memory_budget(found_device),
+    )
+    rows = [batch or None for batch in batches or (0, 64)]
+    measured = []
+    for function in chosen or [catalog.find(s.qualified_name) for s in catalog.specs]:
+        try:
+            keys = keys_to_measure(function.spec, _sizes(sizes), dtypes, rows)
+            for key in keys:
+                measured.append(measure(function, key, found_device, limits))
+                _print_measurement(measured[-1])
+        except (ServiceError, ValueError) as error:
+            print(f"jacserve: {function.spec.qualified_name}: {error}", file=sys.stderr)
+    try:
+        earlier = Measurements.load(settings.cache_dir)
+        path = earlier.updated(measured).save(settings.cache_dir)
+    except OSError as error:
+        _fail(f"{settings.cache_dir} can't be written: {error.strerror}")
+    print(f"Kept in {path}. Servers that start from now on use it.")
+
+
+def _print_measurement(measurement: "Measurement") -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    bucket, fastest = measurement.bucket, measurement.timings[0]
+    points = "one point" if bucket is None else f"a batch of {bucket}"
+    ways = [f"{each.label} {each.seconds * 1e3:.3g} ms" for each in measurement.timings]
+    Console(highlight=False, soft_wrap=True).print(
+        f"[bold]{measurement.function}[/bold] {escape(', '.join(measurement.inputs))}, "
+        f"{points}: [green]{fastest.label}[/green], {measurement.speedup:.2f} times as "
+        f"fast as the rule by shape\n  [dim]{', '.join(ways)}[/dim]"
+    )
+
+
+def _loaded(targets: list[str] | None) -> "list[Registry]":
+    from jacserve_server.loading import load_registries
+    from jacserve_server.registry import RegistrationError
+
+    try:
+        return load_registries(targets or [])
+    except RegistrationError as error:
+        _fail(*error.problems)
+
+
+def _sizes(texts: list[str] | None) -> dict[str, int]:
+    pairs = [text.partition("=") for text in texts or ()]
+    for name, _, size in pairs:
+        if not name.isidentifier() or not size.isdecimal():
+            _fail(f"--size takes NAME=SIZE, such as n=100, not {name}={size}.")
+    return {name: int(size) for name, _, size in pairs}
+
+
+@contextmanager
+def _needing_server() -> Generator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        _fail(f'{error.name} is missing. Run: pip install "jacserve[server]"')
+
+
+def _settings(path: Path | None, **arguments: Any) -> "Config":
+    from pydantic import ValidationError
+
+    from jacserve_server.config import Config
+
+    try:
+        return Config.load(path, **arguments)
+    except ValidationError as error:
+        _fail("\n".join(_settings_problems(error)))
+    except (OSError, ValueError) as error:
+        _fail(f"{path} can't be read: {error}")
 
 
 def _settings_problems(error: "ValidationError") -> list[str]:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 from pydantic import Field
 from pydantic_settings import (
     BaseSettings,
@@ -31,6 +32,7 @@ class Config(BaseSettings):
         max_message_bytes: The largest request, and the largest result.
         max_program_bytes: Device memory that one program may take, with arguments,
             results and intermediates; None for 3/4 of what there is.
+        cache_dir: Folder for what outlives the process: measured strategies.
         grace_s: Seconds that running calls get to finish at shutdown.
         log_level: How much is logged: "debug", "info", "warning" or "error".
     """
@@ -49,6 +51,9 @@ class Config(BaseSettings):
     max_queued_bytes: int = Field(default=2**30, ge=2**10)
     max_message_bytes: int = Field(default=64 * 2**20, ge=2**10, le=2**31 - 2**21)
     max_program_bytes: int | None = Field(default=None, ge=2**20)
+    cache_dir: Path = Field(
+        default_factory=lambda: platformdirs.user_cache_path("jacserve") / "1"
+    )
     grace_s: float = Field(default=30.0, ge=0)
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
 

@@ -4,7 +4,7 @@ import asyncio
 import functools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from jacserve_server.batches import padded
+from jacserve_server.batches import finite_points, padded
 from jacserve_server.catalog import RegisteredFunction
 from jacserve_server.programs import (
     Device,
@@ -126,7 +126,7 @@ class Executor:
         compile_threads: int,
         max_programs: int,
         limits: Limits,
-        measured: Callable[[ProgramKey], Strategy | None] = lambda _: None,
+        measured: Callable[[ProgramKey], Sequence[Strategy]] = lambda _: (),
     ) -> None:
         """Starts no work yet.
 
@@ -137,7 +137,7 @@ class Executor:
             compile_threads: How many may be compiled at once.
             max_programs: How many compiled ones are kept.
             limits: What one program may take.
-            measured: Finds the strategy that was measured to be the fastest.
+            measured: Finds the strategies that were measured, the fastest first.
         """
         self._measured = measured
         self._find = find
@@ -249,17 +249,16 @@ class Executor:
         name = f"functions/{computation.function}"
         check_result_size(name, program.row_bytes, work.batch, self._limits)
         start = time.monotonic()
-        arrays, finite = program.run(padded(work, bucket))
+        arrays = program.run(padded(work, bucket))
         if work.batch is not None:
             arrays = [array[: work.batch] for array in arrays]
-            finite = finite[: work.batch]
         return Outcome(
             function=computation.function,
             outputs=tuple(
                 (quantity, path, array)
                 for (quantity, path), array in zip(program.outline, arrays, strict=True)
             ),
-            finite=finite,
+            finite=finite_points(arrays, work.batch),
             modes=program.modes,
             patterns=program.patterns,
             strategy=program.strategy,

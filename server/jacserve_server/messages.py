@@ -6,6 +6,7 @@ from typing import Literal, cast
 from google.protobuf.duration_pb2 import Duration
 
 from jacserve import sparse, tensors, trees
+from jacserve.dimensions import Dimension
 from jacserve.tensors import MalformedTensorError
 from jacserve.v1 import jacobian_pb2 as pb
 from jacserve.vocabulary import (
@@ -20,8 +21,9 @@ from jacserve.vocabulary import (
     word,
 )
 from jacserve_server.errors import ServiceError
+from jacserve_server.measurements import Measurement, describe_input
 from jacserve_server.query import Query, SparsityQuery
-from jacserve_server.signature import Dimension, FunctionSpec
+from jacserve_server.signature import FunctionSpec
 from jacserve_server.work import InputSpec, Outcome, Sparsity, SparsityKey
 
 _MOST_ENTRIES = 1000
@@ -145,10 +147,7 @@ def encode_sparsity(
 def describe_inputs(inputs: Iterable[InputSpec], function: FunctionSpec) -> str:
     """Returns inputs in words, such as "A: float32[2, 3], x: float32[3]"."""
     pairs = zip(function.signature.arguments, inputs, strict=True)
-    return ", ".join(
-        f"{argument.name}: {spec.dtype}{tensors.format_shape(spec.shape)}"
-        for argument, spec in pairs
-    )
+    return ", ".join(f"{a.name}: {describe_input(spec)}" for a, spec in pairs)
 
 
 def _decode_tensor(
@@ -225,11 +224,14 @@ def _duration(seconds: float) -> Duration:
     return Duration(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))
 
 
-def encode_function(spec: FunctionSpec) -> pb.Function:
+def encode_function(
+    spec: FunctionSpec, measurements: Iterable[Measurement]
+) -> pb.Function:
     """Encodes a function's description.
 
     Args:
         spec: All that is known of it.
+        measurements: What was measured of it.
 
     Returns:
         The message.
@@ -257,6 +259,23 @@ def encode_function(spec: FunctionSpec) -> pb.Function:
         ],
         preferred_mode=MODE_OPTIONS[spec.preferred_mode],
         max_batch=spec.max_batch or 0,
+        measured_strategies=[_encode_measurement(each, spec) for each in measurements],
+        sizes=spec.sizes,
+    )
+
+
+def _encode_measurement(
+    measurement: Measurement, spec: FunctionSpec
+) -> pb.MeasuredStrategy:
+    fastest = measurement.timings[0]
+    pairs = zip(spec.signature.arguments, measurement.inputs, strict=True)
+    return pb.MeasuredStrategy(
+        inputs=", ".join(f"{argument.name}: {text}" for argument, text in pairs),
+        wrt=measurement.wrt,
+        bucket=measurement.bucket,
+        mode=MODES[fastest.mode],
+        chunk_size=fastest.chunk_size or 0,
+        speedup=measurement.speedup,
     )
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from jacserve.dimensions import DimensionError, size_of
 from jacserve.tensors import Array, cast_target, converted, format_shape
 from jacserve.vocabulary import Layout
 from jacserve_server.errors import ServiceError
@@ -16,9 +17,7 @@ from jacserve_server.query import Query, SparsityQuery
 from jacserve_server.signature import (
     INEXACT,
     Argument,
-    DimensionError,
     FunctionSpec,
-    size_of,
 )
 from jacserve_server.vectors import Variable, fit_vectors
 from jacserve_server.work import Computation, InputSpec, SparsityKey, Work
@@ -130,7 +129,8 @@ def plan_sparsity(sought: SparsityQuery, function: FunctionSpec) -> SparsityKey:
                 dimension=name,
                 size=size,
             )
-    sizes = {symbol: sought.sizes.get(symbol, _DEFAULT_SIZE) for symbol in symbols}
+    default = dict.fromkeys(symbols, _DEFAULT_SIZE)
+    sizes = {**default, **function.declared_sizes, **sought.sizes}
     try:
         shapes = function.signature.shapes(sizes)
     except DimensionError as error:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax import export
 
+from jacserve.dimensions import Dimension, DimensionError
 from jacserve.tensors import dtype_named
 from jacserve.vocabulary import DIRECTIONS, Direction
 from jacserve_server.annotations import (
@@ -28,8 +29,6 @@ from jacserve_server.registry import (
 )
 from jacserve_server.signature import (
     INEXACT,
-    Dimension,
-    DimensionError,
     FunctionSpec,
     Signature,
     trial_sizes,
@@ -81,7 +80,7 @@ class _UnfitError(Exception):
 def _register(declaration: Declaration) -> RegisteredFunction:
     signature = read_signature(declaration.function)
     call = _by_position(declaration.function, signature)
-    inputs, leaves = _trace_somewhere(call, signature, declaration.sizes)
+    sizes, inputs, leaves = _trace_somewhere(call, signature, declaration.sizes)
     modes, missing = _find_modes(call, signature, inputs)
     if declaration.mode in missing:
         raise _UnfitError(
@@ -98,6 +97,8 @@ def _register(declaration: Declaration) -> RegisteredFunction:
         missing_modes=missing,
         preferred_mode=declaration.mode,
         max_batch=declaration.max_batch,
+        sizes=sizes,
+        declared_sizes=declaration.sizes,
     )
     return RegisteredFunction(spec, call, declaration.batchable)
 
@@ -124,7 +125,7 @@ def _by_position(
 
 def _trace_somewhere(
     call: Callable[..., Any], signature: Signature, sizes: Mapping[str, int]
-) -> tuple[list[InputSpec], list[Leaf]]:
+) -> tuple[Mapping[str, int], list[InputSpec], list[Leaf]]:
     """Traces a function at the first sizes that suit it."""
     symbols = signature.symbols
     if unknown := set(sizes) - set(symbols):
@@ -147,7 +148,7 @@ def _trace_somewhere(
         ]
         is_traced = True
         try:
-            return inputs, abstract_results(call, inputs)
+            return trial, inputs, abstract_results(call, inputs)
         except FunctionError as error:
             sizes_text = ", ".join(f"{s} = {size}" for s, size in trial.items())
             where = f" at {sizes_text}" if trial else ""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc.aio
@@ -21,6 +22,7 @@ from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
 from jacserve_server.catalog import Catalog
 from jacserve_server.config import Config
 from jacserve_server.executor import Executor, find_device, memory_budget
+from jacserve_server.measurements import Measurements
 from jacserve_server.programs import Limits
 from jacserve_server.registration import build_catalog
 from jacserve_server.registry import Registry
@@ -53,6 +55,7 @@ class Server:
         """
         self._config = config
         device = find_device(config.device)
+        measurements = Measurements.load(config.cache_dir)
         self._executor = Executor(
             catalog.find,
             device,
@@ -63,6 +66,7 @@ class Server:
                 result_bytes=config.max_message_bytes,
                 program_bytes=config.max_program_bytes or memory_budget(device),
             ),
+            measured=partial(measurements.find, device=device.device_kind),
         )
         self._scheduler = Scheduler(
             self._executor,
@@ -81,7 +85,12 @@ class Server:
             ]
         )
         pb_grpc.add_JacobianServiceServicer_to_server(
-            JacobianService(catalog, self._scheduler), self._server
+            JacobianService(
+                catalog,
+                self._scheduler,
+                partial(measurements.of, device=device.device_kind),
+            ),
+            self._server,
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(

@@ -6,7 +6,7 @@ set_details and set_trailing_metadata.
 
 import logging
 import uuid
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -20,6 +20,7 @@ from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
 from jacserve.vocabulary import Quantity
 from jacserve_server.catalog import Catalog
 from jacserve_server.errors import ServiceError
+from jacserve_server.measurements import Measurement
 from jacserve_server.messages import (
     decode_query,
     decode_sparsity_query,
@@ -30,6 +31,7 @@ from jacserve_server.messages import (
 from jacserve_server.planning import plan, plan_sparsity
 from jacserve_server.query import Query
 from jacserve_server.scheduler import Scheduler
+from jacserve_server.signature import FunctionSpec
 from jacserve_server.work import Outcome
 
 _log = logging.getLogger(__name__)
@@ -42,15 +44,22 @@ M = TypeVar("M", bound=Message)
 class JacobianService(pb_grpc.JacobianServiceServicer):
     """Answers the calls of the contract."""
 
-    def __init__(self, catalog: Catalog, scheduler: Scheduler[Any]) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        scheduler: Scheduler[Any],
+        measured: Callable[[str], Sequence[Measurement]],
+    ) -> None:
         """Keeps its collaborators.
 
         Args:
             catalog: The functions.
             scheduler: Executes queries.
+            measured: Returns what was measured of a function, by its qualified name.
         """
         self._catalog = catalog
         self._scheduler = scheduler
+        self._measured = measured
 
     async def ListFunctions(  # noqa: N802, D102
         self, request: pb.ListFunctionsRequest, context: Any
@@ -92,12 +101,15 @@ class JacobianService(pb_grpc.JacobianServiceServicer):
         start = int(token or 0)
         end = start + min(size or _DEFAULT_PAGE, _LARGEST_PAGE)
         return pb.ListFunctionsResponse(
-            functions=[encode_function(spec) for spec in specs[start:end]],
+            functions=list(map(self._encoded, specs[start:end])),
             next_page_token=str(end) if end < len(specs) else "",
         )
 
     async def _get(self, request: pb.GetFunctionRequest) -> pb.Function:
-        return encode_function(self._catalog.find(request.name).spec)
+        return self._encoded(self._catalog.find(request.name).spec)
+
+    def _encoded(self, spec: FunctionSpec) -> pb.Function:
+        return encode_function(spec, self._measured(spec.qualified_name))
 
     async def _sparsity(self, request: pb.GetSparsityRequest) -> pb.Sparsity:
         with self._scheduler.admitted(request.ByteSize()):

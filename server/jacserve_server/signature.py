@@ -4,16 +4,12 @@ A dimension is a fixed size, a name such as "n" that each query binds, or an
 expression of names such as "2*n + 1".
 """
 
-import ast
-import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
+from jacserve.dimensions import Dimension, size_of
 from jacserve.trees import Path
 from jacserve.vocabulary import Direction, ModeOption
-
-Dimension = int | str
 
 # The widest first: the dtype that a cast chooses loses the least.
 DTYPES = (
@@ -118,6 +114,8 @@ class FunctionSpec:
         missing_modes: Why it lacks each of the others.
         preferred_mode: What "auto" stands for; "auto" lets the shapes decide.
         max_batch: The most points of one query, or None.
+        sizes: Sizes of its symbolic dimensions at which it could be traced.
+        declared_sizes: Those of them that its author named.
     """
 
     name: str
@@ -129,6 +127,8 @@ class FunctionSpec:
     missing_modes: Mapping[Direction, str]
     preferred_mode: ModeOption
     max_batch: int | None
+    sizes: Mapping[str, int]
+    declared_sizes: Mapping[str, int]
 
     @property
     def qualified_name(self) -> str:
@@ -139,65 +139,6 @@ class FunctionSpec:
     def resource(self) -> str:
         """The name as messages show it, "functions/spherical"."""
         return f"functions/{self.name}"
-
-
-class DimensionError(ValueError):
-    """A dimension can't be parsed or evaluated."""
-
-
-_OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = MappingProxyType(
-    {
-        ast.Add: operator.add,
-        ast.Sub: operator.sub,
-        ast.Mult: operator.mul,
-        ast.FloorDiv: operator.floordiv,
-    }
-)
-
-
-def size_of(dimension: Dimension, sizes: Mapping[str, int]) -> int:
-    """Evaluates a dimension.
-
-    Args:
-        dimension: A size, a name, or an expression with +, -, * and //.
-        sizes: The sizes of the names.
-
-    Returns:
-        The size.
-
-    Raises:
-        DimensionError: The expression has anything else in it, or a name without
-            a size.
-    """
-    if isinstance(dimension, int):
-        return dimension
-    if dimension in sizes:  # Also where the name is a keyword, such as "in".
-        return sizes[dimension]
-    try:
-        size = _evaluate(ast.parse(dimension, mode="eval").body, sizes)
-    except (SyntaxError, ZeroDivisionError) as error:
-        raise DimensionError(f"dimension {dimension!r}: {error}") from error
-    if size < 0:
-        raise DimensionError(f"dimension {dimension!r} is {size}, which is negative")
-    return size
-
-
-def _evaluate(node: ast.expr, sizes: Mapping[str, int]) -> int:
-    match node:
-        case ast.Constant(value=int(size)):
-            return size
-        case ast.Name(id=name) if name in sizes:
-            return sizes[name]
-        case ast.Name(id=name):
-            raise DimensionError(f"no argument has the dimension {name!r} by itself")
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
-            apply = _OPERATORS[type(op)]
-            return apply(_evaluate(left, sizes), _evaluate(right, sizes))
-        case _:
-            raise DimensionError(
-                f"dimension {ast.unparse(node)!r} is not a sum, difference, product or "
-                "whole quotient (//) of sizes and names"
-            )
 
 
 def trial_sizes(symbols: tuple[str, ...]) -> Iterator[dict[str, int]]:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jacserve.sampling import random_array
 from jacserve.sparse import Pattern
 from jacserve.tensors import dtype_named
 from jacserve.vocabulary import Direction, Mode
@@ -234,9 +235,10 @@ def _check(
         compiled = jax.jit(errors)
         for place in range(_CHECKED_POINTS):
             samples = [
-                _random(random, spec.shape, spec.dtype, place) for spec in inputs
+                random_array(random, spec.shape, spec.dtype, is_positive=place > 0)
+                for spec in inputs
             ]
-            vectors = _random(random, (_CHECKED_VECTORS, length), widest.name, 0)
+            vectors = random_array(random, (_CHECKED_VECTORS, length), widest.name)
             each = np.asarray(compiled(samples, vectors), np.float64)
             worst = max(worst, float(np.max(each[np.isfinite(each)], initial=0.0)))
     eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
@@ -250,16 +252,3 @@ def _check(
             function=function.spec.resource,
             mode="sparse",
         )
-
-
-def _random(
-    random: np.random.Generator, shape: tuple[int, ...], dtype: str, place: int
-) -> np.ndarray[Any, Any]:
-    kind = np.dtype(dtype_named(dtype)).kind
-    if kind in "iub":
-        return random.integers(0, 2, shape).astype(dtype_named(dtype))
-    # Around zero first, then where logarithms and roots exist.
-    numbers = random.normal(size=shape) if place == 0 else random.uniform(0.1, 2, shape)
-    if kind == "c":
-        numbers = numbers + 1j * random.normal(size=shape)
-    return numbers.astype(dtype_named(dtype))

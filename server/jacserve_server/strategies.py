@@ -1,7 +1,7 @@
 """Decides how a program differentiates: modes, and how many products at once."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
@@ -18,10 +18,9 @@ from jacserve_server.tracing import mode_problem
 from jacserve_server.transforms.point import FunctionError, Leaf, is_inexact
 from jacserve_server.work import Computation, ProgramKey, Strategy
 
-# Beyond this many products, chunks were as fast or up to three times faster, and
-# take less memory: see `make bench-chunks`.
-_MOST_AT_ONCE = 512
-_CHUNK = 128
+# More products come in chunks of this many: no slower in `make bench-chunks`, up to
+# three times faster, and in less memory.
+_CHUNK = 512
 
 Find = Callable[[Kind], ColoredPattern]
 Trace = Callable[[], list[Leaf]]
@@ -45,7 +44,7 @@ class Decision:
 def decide(
     function: RegisteredFunction,
     key: ProgramKey,
-    measured: Strategy | None,
+    measured: Sequence[Strategy],
     trace: Trace,
     find: Find,
 ) -> Decision:
@@ -54,7 +53,7 @@ def decide(
     Args:
         function: The function.
         key: What is wanted, and for how many points at once.
-        measured: What was measured to be the fastest for it, or None.
+        measured: The ways to its J that were measured, the fastest first.
         trace: Returns the function's results at one point, without their numbers.
         find: Finds a sparsity pattern; raises ServiceError.
 
@@ -77,7 +76,7 @@ class _Decider:
         self,
         function: RegisteredFunction,
         key: ProgramKey,
-        measured: Strategy | None,
+        measured: Sequence[Strategy],
         trace: Trace,
         find: Find,
     ) -> None:
@@ -168,14 +167,17 @@ class _Decider:
             chunk_size = self._chunk_size(self._n if option == "forward" else self._m)
             return replace(strategy, jacobian=option, chunk_size=chunk_size)
         if self._is_sparse("jacobian"):
-            return replace(strategy, jacobian="sparse")
-        if self._measured is not None and self._measured.jacobian in DIRECTIONS:
-            return replace(
-                strategy,
-                jacobian=self._measured.jacobian,
-                chunk_size=self._measured.chunk_size,
-                is_measured=True,
-            )
+            is_measured = option == "auto" and bool(self._measured)
+            return replace(strategy, jacobian="sparse", is_measured=is_measured)
+        for measured in self._measured:
+            direction = measured.jacobian
+            if direction in DIRECTIONS and self._problem(direction) is None:
+                return replace(
+                    strategy,
+                    jacobian=direction,
+                    chunk_size=measured.chunk_size,
+                    is_measured=True,
+                )
         direction = self._direction()
         chunk_size = self._chunk_size(self._n if direction == "forward" else self._m)
         return replace(strategy, jacobian=direction, chunk_size=chunk_size)
@@ -191,6 +193,9 @@ class _Decider:
         is_preferred = self._function.spec.preferred_mode == "sparse"
         may_be = layout == "csr" or (is_preferred and layout != "blocks")
         if option != "auto" or not may_be:
+            return False
+        fastest = self._measured[0].jacobian if self._measured else "sparse"
+        if kind == "jacobian" and fastest != "sparse":
             return False
         try:
             found = self._find(kind)
@@ -221,7 +226,7 @@ class _Decider:
         raise self._no_mode(problems, "")
 
     def _chunk_size(self, products: int) -> int | None:
-        if products <= _MOST_AT_ONCE:
+        if products <= _CHUNK:
             return None
         # The points of a batch are computed at once, too.
         return max(_CHUNK // (self._bucket or 1), 16)

@@ -62,6 +62,51 @@ def jacserve(target: str, tmp_path: Path):
     return run
 
 
+def test_describe_sparsity(jacserve, tmp_path: Path) -> None:
+    options = ("--sparsity", "--size", "n=12", "--hessian", "--picture", "h.png")
+    shown = jacserve("describe", "rosenbrock", *options).stdout
+    assert "12 x 12, 34 entries (23.61%), 3 products (forward over reverse)" in shown
+    assert "sparsity at x: float32[12]" in shown
+    picture = [line.strip() for line in shown.splitlines() if "│" in line]
+    assert picture[0] == "│██▄         │"
+    assert picture[-1] == "│          ▀█│".replace("  ▀█", " ▀██")
+    assert (tmp_path / "h.png").read_bytes().startswith(b"\x89PNG")
+    assert "NAME=SIZE" in jacserve(
+        "describe", "rosenbrock", "--sparsity", "--size", "n", code=1
+    ).stderr  # fmt: skip
+    assert "can't be written" in jacserve(
+        "describe", "rosenbrock", "--sparsity", "--picture", "no/folder.png", code=1
+    ).stderr  # fmt: skip
+
+
+def test_eval_products_and_sparse_matrices(jacserve, tmp_path: Path) -> None:
+    x = json.dumps([1.0, 2.0, 3.0])
+    answer = json.loads(
+        jacserve(
+            "eval", "rosenbrock", "-i", x, "-q", "hessian", "-q", "hvp", "--tangent",
+            "[1, 0, 0]", "--mode", "sparse", "-o", "json",
+        ).stdout
+    )  # fmt: skip
+    hessian, hvp = answer["quantities"]["hessian"], answer["quantities"]["hvp"]
+    dense = np.zeros(hessian["shape"])
+    dense[hessian["rows"], hessian["columns"]] = hessian["data"]
+    np.testing.assert_allclose(dense[0], hvp)
+    assert answer["modes"]["hessian"] == "sparse"
+    jacserve(
+        "eval", "rosenbrock", "-i", x, "-q", "hessian", "--layout", "coo", "-o", "h.npz"
+    )
+    with np.load(tmp_path / "h.npz") as saved:
+        np.testing.assert_array_equal(saved["hessian.rows"], hessian["rows"])
+    answer = json.loads(
+        jacserve(
+            "eval", "reciprocal", "-i", "[2.0, 4.0]", "-q", "vjp", "--layout", "blocks",
+            "--cotangent", "whole=[1, 0]", "--cotangent", "parts.0=2",
+            "--cotangent", "parts.1=3", "-o", "json",
+        ).stdout
+    )  # fmt: skip
+    np.testing.assert_allclose(answer["quantities"]["vjp"], [2 - 0.25, 3])
+
+
 def test_functions(jacserve) -> None:
     lines = jacserve("functions").stdout.splitlines()
     assert lines[0].split() == [

@@ -64,6 +64,7 @@ def test_bfloat16_without_ml_dtypes_says_what_to_install(
 ) -> None:
     tensor = encode(np.array([1.5], ml_dtypes.bfloat16))
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    tensors.dtype_named.cache_clear()
     with pytest.raises(ImportError, match="Install ml_dtypes"):
         tensors.decode(tensor)
 

@@ -156,7 +156,14 @@ NOT_INSTALLED: ErrorReason
 PATTERN_UNKNOWN: ErrorReason
 
 class Function(_message.Message):
-    __slots__ = ("name", "documentation", "arguments", "results", "modes", "missing_modes", "preferred_mode", "max_batch", "measured_strategies")
+    __slots__ = ("name", "documentation", "arguments", "results", "modes", "missing_modes", "preferred_mode", "max_batch", "measured_strategies", "sizes")
+    class SizesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     NAME_FIELD_NUMBER: _ClassVar[int]
     DOCUMENTATION_FIELD_NUMBER: _ClassVar[int]
     ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
@@ -166,6 +173,7 @@ class Function(_message.Message):
     PREFERRED_MODE_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
     MEASURED_STRATEGIES_FIELD_NUMBER: _ClassVar[int]
+    SIZES_FIELD_NUMBER: _ClassVar[int]
     name: str
     documentation: str
     arguments: _containers.RepeatedCompositeFieldContainer[Argument]
@@ -175,7 +183,8 @@ class Function(_message.Message):
     preferred_mode: Mode
     max_batch: int
     measured_strategies: _containers.RepeatedCompositeFieldContainer[MeasuredStrategy]
-    def __init__(self, name: _Optional[str] = ..., documentation: _Optional[str] = ..., arguments: _Optional[_Iterable[_Union[Argument, _Mapping]]] = ..., results: _Optional[_Iterable[_Union[ResultArray, _Mapping]]] = ..., modes: _Optional[_Iterable[_Union[Mode, str]]] = ..., missing_modes: _Optional[_Iterable[_Union[MissingMode, _Mapping]]] = ..., preferred_mode: _Optional[_Union[Mode, str]] = ..., max_batch: _Optional[int] = ..., measured_strategies: _Optional[_Iterable[_Union[MeasuredStrategy, _Mapping]]] = ...) -> None: ...
+    sizes: _containers.ScalarMap[str, int]
+    def __init__(self, name: _Optional[str] = ..., documentation: _Optional[str] = ..., arguments: _Optional[_Iterable[_Union[Argument, _Mapping]]] = ..., results: _Optional[_Iterable[_Union[ResultArray, _Mapping]]] = ..., modes: _Optional[_Iterable[_Union[Mode, str]]] = ..., missing_modes: _Optional[_Iterable[_Union[MissingMode, _Mapping]]] = ..., preferred_mode: _Optional[_Union[Mode, str]] = ..., max_batch: _Optional[int] = ..., measured_strategies: _Optional[_Iterable[_Union[MeasuredStrategy, _Mapping]]] = ..., sizes: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class Argument(_message.Message):
     __slots__ = ("name", "dtypes", "shape", "differentiable")
