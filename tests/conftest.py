@@ -9,7 +9,8 @@ import zoo
 from jacserve_server import RunningServer, serving
 
 # What was measured on this machine must not decide what the tests see.
-os.environ["JACSERVE_CACHE_DIR"] = tempfile.mkdtemp(prefix="jacserve-tests-")
+CACHE = tempfile.TemporaryDirectory(prefix="jacserve-tests-")
+os.environ["JACSERVE_CACHE_DIR"] = CACHE.name
 
 
 @pytest.fixture(scope="session")

@@ -121,10 +121,9 @@ def occupy(client: jacserve.Client, pool: ThreadPoolExecutor):
 def test_too_many_queries_are_refused_with_a_time_to_come_back(
     client: jacserve.Client, calls: ThreadPoolExecutor
 ) -> None:
-    client.value("double", np.ones(3))
     occupied = occupy(client, calls)
     # Two more find room in the queue; the rest are turned away at once.
-    asked = [calls.submit(client.value, "double", np.ones(3)) for _ in range(5)]
+    asked = [calls.submit(client.value, "patient", np.ones(3)) for _ in range(5)]
     refused = [call.exception() for call in islice(as_completed(asked), 3)]
     release.set()
     for error in refused:
@@ -134,6 +133,7 @@ def test_too_many_queries_are_refused_with_a_time_to_come_back(
         assert error.metadata["max_queries"] == "3"
     occupied.result(timeout=30)
     assert sum(call.exception(timeout=30) is None for call in asked) == 2
+    assert all(running.acquire(timeout=30) for _ in range(2))
 
 
 def test_too_many_bytes_are_refused(
@@ -268,7 +268,7 @@ def test_a_fault_of_the_server_has_a_request_id(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("jacserve_server.service.plan", None)
+    monkeypatch.setattr("jacserve_server.service.decode_query", None)
     with pytest.raises(jacserve.ServerError) as caught:
         client.value("double", np.ones(3))
     assert (caught.value.code, caught.value.reason) == ("INTERNAL", "UNEXPECTED")

@@ -177,7 +177,7 @@ class AsyncClient:
             with translated(self._target):
                 answer = await self._stub.Evaluate(query, timeout=timeout)
         result = decode_result(answer, query, known)
-        self._patterns.learn(query, result.patterns)
+        self._patterns.learn(query, answer, result.patterns)
         return result
 
     async def value(

@@ -256,7 +256,7 @@ class Client:
             with translated(self._target):
                 answer = self._stub.Evaluate(query, timeout=timeout)
         result = decode_result(answer, query, known)
-        self._patterns.learn(query, result.patterns)
+        self._patterns.learn(query, answer, result.patterns)
         return result
 
     def value(self, function: str, inputs: Inputs, **options: Unpack[Options]) -> Any:

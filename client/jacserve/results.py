@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+from google.protobuf.duration_pb2 import Duration
+
 from jacserve import sparse, tensors, trees
 from jacserve.sparse import Pattern, SparseLayout, SparseMatrix, decode_pattern
 from jacserve.tensors import Array
@@ -70,10 +72,11 @@ class Result:
         None when no derivative was asked for, or several without J in modes that
         differ: see `modes`.
         """
-        found = set(self.modes.values())
-        of_jacobian = found & {"forward", "reverse", "sparse"}
-        if len(found) > 1 and len(of_jacobian) == 1:
-            found = of_jacobian
+        of_others = {"jvp", "vjp", "hessian", "hvp"}
+        of_jacobian: set[Mode] = {
+            mode for name, mode in self.modes.items() if name not in of_others
+        }
+        found = of_jacobian or set(self.modes.values())
         return found.pop() if len(found) == 1 else None
 
     @property
@@ -86,7 +89,8 @@ class Result:
         """J [m, n]; in the blocks layout nested arrays of shape result + argument.
 
         In a sparse layout, a scipy.sparse csr_array or coo_array where scipy is
-        installed, else a SparseMatrix; for a batch always a SparseMatrix, a stack.
+        installed, else a SparseMatrix; always one for a batch, as a stack, and for
+        16-bit numbers.
         """
         return self._matrix("jacobian")
 
@@ -158,7 +162,7 @@ class Result:
     def _matrix(self, name: str) -> Any:
         found = self._quantity(name)
         layout = self.sparse_layout
-        if layout is None or found.data.ndim > 1 or not sparse.has_scipy():
+        if layout is None or not found.fits_scipy or not sparse.has_scipy():
             return found
         return found.to_scipy(layout)
 
@@ -194,7 +198,8 @@ def decode_result(
         The answer, with writable arrays of its own.
     """
     layout = _sparse_layout(query)
-    patterns = {**known, **{p.hash: decode_pattern(p) for p in message.patterns}}
+    patterns = dict(known)
+    patterns.update((p.hash, decode_pattern(p)) for p in message.patterns)
     leaves: dict[str, list[tuple[trees.Path, Any]]] = {}
     modes: dict[str, Mode] = {}
     for output in message.outputs:
@@ -218,12 +223,16 @@ def decode_result(
         device=message.device,
         bucket=message.bucket if message.HasField("bucket") else None,
         timing=Timing(
-            queue_s=message.timing.queue_duration.ToTimedelta().total_seconds(),
-            compile_s=message.timing.compile_duration.ToTimedelta().total_seconds(),
-            execute_s=message.timing.execute_duration.ToTimedelta().total_seconds(),
+            queue_s=_seconds(message.timing.queue_duration),
+            compile_s=_seconds(message.timing.compile_duration),
+            execute_s=_seconds(message.timing.execute_duration),
         ),
         sparse_layout=layout,
     )
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.seconds + duration.nanos * 1e-9
 
 
 def _sparse_layout(query: pb.Query) -> SparseLayout | None:

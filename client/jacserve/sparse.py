@@ -103,6 +103,11 @@ class SparseMatrix:
         """Row and column of each entry, int32 [nnz, 2]."""
         return np.stack([self.pattern.rows, self.pattern.columns], axis=1)
 
+    @property
+    def fits_scipy(self) -> bool:
+        """Whether scipy has such arrays: it has no stacks and no 16-bit numbers."""
+        return self.data.ndim == 1 and self.dtype.itemsize > 2
+
     def todense(self) -> Array:
         """Returns the same numbers as an array of this shape."""
         dense = np.zeros(self.shape, self.dtype)
@@ -120,8 +125,12 @@ class SparseMatrix:
 
         Raises:
             ImportError: scipy is not installed.
-            ValueError: This is a stack; take its matrices one by one.
+            ValueError: This is a stack, or of 16-bit numbers.
         """
+        if not self.fits_scipy and self.data.ndim == 1:
+            raise ValueError(
+                f"scipy has no sparse arrays of {self.dtype}. Use todense()."
+            )
         if self.data.ndim > 1:
             raise ValueError(
                 "scipy has no stacks of sparse matrices. Take them one by one: "
@@ -228,14 +237,19 @@ class PatternCache:
         Returns:
             The patterns named, by hash.
         """
+        if not self._known:
+            return {}
         with self._lock:
             known = self._known.get(_signature(query), {})
         query.patterns.extend(known)
         return known
 
-    def learn(self, query: pb.Query, patterns: Iterable[Pattern]) -> None:
-        """Keeps the patterns that a query was answered with."""
-        found = {pattern.hash: pattern for pattern in patterns}
+    def learn(
+        self, query: pb.Query, answer: pb.Result, patterns: Iterable[Pattern]
+    ) -> None:
+        """Keeps those patterns that an answer came with, or was spared."""
+        named = {output.pattern for output in answer.outputs}
+        found = {each.hash: each for each in patterns if each.hash in named}
         if not found:
             return
         with self._lock:

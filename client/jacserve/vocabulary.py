@@ -53,9 +53,11 @@ LAYOUTS: Mapping[str, pb.Layout] = _words(pb.Layout, "LAYOUT_")
 DTYPES: Mapping[str, pb.DType] = _words(pb.DType, "DTYPE_")
 
 
-_BY_NUMBER = {
-    id(words): {number: text for text, number in words.items()}
-    for words in (QUANTITIES, MODES, MODE_OPTIONS, LAYOUTS, DTYPES)
+_TABLES: tuple[Mapping[str, int], ...] = (
+    QUANTITIES, MODES, MODE_OPTIONS, LAYOUTS, DTYPES
+)  # fmt: skip
+_BY_NUMBER: Mapping[int, Mapping[int, str]] = {
+    id(table): {number: text for text, number in table.items()} for table in _TABLES
 }
 
 

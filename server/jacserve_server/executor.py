@@ -104,11 +104,6 @@ def _contained(call: Callable[..., T], *arguments: Any) -> T:
         raise RuntimeError("a registered function tried to end the server") from error
 
 
-def _decided(key: ProgramKey, decision: Decision) -> _Decided:
-    computation = replace(key.computation, mode=None)
-    return replace(key, computation=computation), decision.strategy
-
-
 class Executor:
     """Runs programs on one device of this process.
 
@@ -142,13 +137,14 @@ class Executor:
         self._measured = measured
         self._find = find
         self._device = device
+        self._device_name = device_name(device)
         self._limits = limits
         self._device_threads = ThreadPoolExecutor(threads, "device")
         self._compile_threads = ThreadPoolExecutor(compile_threads, "compile")
         self._programs = SingleFlight[_Decided, Program](
             self._compile_threads, capacity=max_programs
         )
-        self._decisions = SingleFlight[ProgramKey, Decision](
+        self._decisions = SingleFlight[ProgramKey, tuple[_Decided, Decision]](
             self._compile_threads, capacity=max_programs
         )
         # These serve every batch size and every set of quantities.
@@ -157,10 +153,8 @@ class Executor:
 
     def ready(self, key: ProgramKey) -> Program | None:
         """Returns a program that is compiled already, else None."""
-        decision = self._decisions.ready(key)
-        if decision is None:
-            return None
-        return self._programs.ready(_decided(key, decision))
+        found = self._decisions.ready(key)
+        return None if found is None else self._programs.ready(found[0])
 
     async def prepare(self, key: ProgramKey) -> Program:
         """Returns a program, compiled if need be.
@@ -178,13 +172,11 @@ class Executor:
         """
         function = self._find(key.computation.function)
         deciding = partial(_contained, self._decide, function, key)
-        decision = await self._decisions.get(key, deciding)
+        decided, decision = await self._decisions.get(key, deciding)
         compiling = partial(
             compile_program, function, key, decision, self._device, self._limits
         )
-        return await self._programs.get(
-            _decided(key, decision), partial(_contained, compiling)
-        )
+        return await self._programs.get(decided, partial(_contained, compiling))
 
     async def sparsity(self, sought: SparsityKey) -> Sparsity:
         """Finds a sparsity pattern.
@@ -203,6 +195,25 @@ class Executor:
             self._compile_threads, _contained, self._sparsity, sought
         )
         return found.sparsity
+
+    def is_brief(self, program: Program) -> bool:
+        """Whether a program takes less time than handing it to a thread."""
+        return program.is_brief
+
+    def run_now(self, program: Program, work: Work) -> Outcome:
+        """Runs a brief program in this thread.
+
+        Args:
+            program: The program for the work's computation and batch.
+            work: On what.
+
+        Returns:
+            What came of it.
+
+        Raises:
+            ServiceError: The result is too large to send, or the device failed.
+        """
+        return self._run(program, work)
 
     async def run(self, program: Program, work: Work) -> Outcome:
         """Runs a program in a thread of the device.
@@ -227,7 +238,9 @@ class Executor:
         self._compile_threads.shutdown(wait=False, cancel_futures=True)
         self._device_threads.shutdown(wait=False, cancel_futures=True)
 
-    def _decide(self, function: RegisteredFunction, key: ProgramKey) -> Decision:
+    def _decide(
+        self, function: RegisteredFunction, key: ProgramKey
+    ) -> tuple[_Decided, Decision]:
         computation = key.computation
         points = tuple(replace(x, is_batched=False) for x in computation.inputs)
 
@@ -236,7 +249,9 @@ class Executor:
             return self._sparsity(SparsityKey(name, points, wrt, kind))
 
         trace = partial(self._results, computation.function, points)
-        return decide(function, key, self._measured(key), trace, find)
+        decision = decide(function, key, self._measured(key), trace, find)
+        asked = replace(key, computation=replace(computation, mode=None))
+        return (asked, decision.strategy), decision
 
     def _trace(self, name: str, points: tuple[InputSpec, ...]) -> list[Leaf]:
         return abstract_results(self._find(name).call, points)
@@ -246,8 +261,9 @@ class Executor:
 
     def _run(self, program: Program, work: Work) -> Outcome:
         computation, bucket = program.key.computation, program.key.bucket
-        name = f"functions/{computation.function}"
-        check_result_size(name, program.row_bytes, work.batch, self._limits)
+        check_result_size(
+            computation.function, program.row_bytes, work.batch, self._limits
+        )
         start = time.monotonic()
         arrays = program.run(padded(work, bucket))
         if work.batch is not None:
@@ -263,6 +279,6 @@ class Executor:
             patterns=program.patterns,
             strategy=program.strategy,
             bucket=bucket,
-            device=device_name(self._device),
+            device=self._device_name,
             execute_s=time.monotonic() - start,
         )

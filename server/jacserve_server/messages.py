@@ -7,6 +7,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from jacserve import sparse, tensors, trees
 from jacserve.dimensions import Dimension
+from jacserve.sparse import Pattern
 from jacserve.tensors import MalformedTensorError
 from jacserve.v1 import jacobian_pb2 as pb
 from jacserve.vocabulary import (
@@ -41,9 +42,15 @@ def decode_query(message: pb.Query) -> Query:
     Raises:
         ServiceError: A field has no valid value, or a tensor is malformed.
     """
-    repeated = ("quantities", "wrt", "inputs", "tangents", "cotangents", "patterns")
-    for field in repeated:
-        count = len(getattr(message, field))
+    for field, entries in (
+        ("quantities", message.quantities),
+        ("wrt", message.wrt),
+        ("inputs", message.inputs),
+        ("tangents", message.tangents),
+        ("cotangents", message.cotangents),
+        ("patterns", message.patterns),
+    ):
+        count = len(entries)
         if count > _MOST_ENTRIES:
             raise ServiceError(
                 "MALFORMED_REQUEST",
@@ -81,7 +88,7 @@ def decode_query(message: pb.Query) -> Query:
         ),
         cotangents=tuple(
             (
-                trees.decode_path(given.path),
+                _decode_path(given, f"cotangents[{place}]"),
                 _decode_tensor(given, "", f"cotangents[{place}]"),
             )
             for place, given in enumerate(message.cotangents)
@@ -144,10 +151,35 @@ def encode_sparsity(
     )
 
 
+def pattern_bytes(pattern: Pattern, layout: str) -> int:
+    """Returns what a pattern takes on the wire, names and lengths aside."""
+    m, _ = pattern.shape
+    return 4 * (pattern.nnz + (m + 1 if layout == "csr" else pattern.nnz))
+
+
+def result_bytes(outcome: Outcome, query: Query) -> int:
+    """Returns what an answer takes on the wire, names and lengths aside."""
+    return sum(array.nbytes for _, _, array in outcome.outputs) + sum(
+        pattern_bytes(pattern, query.layout)
+        for pattern in outcome.patterns.values()
+        if pattern.hash not in query.patterns
+    )
+
+
 def describe_inputs(inputs: Iterable[InputSpec], function: FunctionSpec) -> str:
     """Returns inputs in words, such as "A: float32[2, 3], x: float32[3]"."""
     pairs = zip(function.signature.arguments, inputs, strict=True)
     return ", ".join(f"{a.name}: {describe_input(spec)}" for a, spec in pairs)
+
+
+def _decode_path(message: pb.Cotangent, field: str) -> trees.Path:
+    if any(step.WhichOneof("step") is None for step in message.path):
+        raise ServiceError(
+            "MALFORMED_REQUEST",
+            f"{field} has a path with an empty step. Set a key or an index in each.",
+            field=f"{field}.path",
+        )
+    return trees.decode_path(message.path)
 
 
 def _decode_tensor(
@@ -193,19 +225,16 @@ def encode_outcome(outcome: Outcome, query: Query) -> pb.Result:
         finite=bool(outcome.finite.all()),
         device=outcome.device,
         bucket=outcome.bucket,
-        timing=pb.Timing(
-            queue_duration=_duration(outcome.queue_s),
-            compile_duration=_duration(outcome.compile_s),
-            execute_duration=_duration(outcome.execute_s),
-        ),
+        chunk_size=outcome.strategy.chunk_size or 0,
+        measured=outcome.strategy.is_measured,
     )
-    result.chunk_size = outcome.strategy.chunk_size or 0
-    result.measured = outcome.strategy.is_measured
-    result.patterns.extend(
-        sparse.encode_pattern(pattern, query.layout)
-        for pattern in outcome.patterns.values()
-        if pattern.hash not in query.patterns
-    )
+    _set_duration(result.timing.queue_duration, outcome.queue_s)
+    _set_duration(result.timing.compile_duration, outcome.compile_s)
+    _set_duration(result.timing.execute_duration, outcome.execute_s)
+    for pattern in outcome.patterns.values():
+        if pattern.hash not in query.patterns:
+            encoded = sparse.encode_pattern(pattern, query.layout)
+            result.patterns.append(encoded)
     # In place: a message made beforehand would be copied, bytes and all.
     for asked in query.quantities:
         for quantity, path, array in outcome.outputs:
@@ -220,8 +249,8 @@ def encode_outcome(outcome: Outcome, query: Query) -> pb.Result:
     return result
 
 
-def _duration(seconds: float) -> Duration:
-    return Duration(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))
+def _set_duration(duration: Duration, seconds: float) -> None:
+    duration.seconds, duration.nanos = int(seconds), int(seconds % 1 * 1e9)
 
 
 def encode_function(

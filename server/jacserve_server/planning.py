@@ -5,7 +5,8 @@ memory or device time is spent.
 """
 
 import math
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 from jacserve.dimensions import DimensionError, size_of
@@ -16,6 +17,7 @@ from jacserve_server.quantities import QUANTITIES, in_order, needs_of
 from jacserve_server.query import Query, SparsityQuery
 from jacserve_server.signature import (
     INEXACT,
+    WIDE,
     Argument,
     FunctionSpec,
 )
@@ -42,6 +44,44 @@ class _Given:
     @property
     def point_shape(self) -> tuple[int, ...]:
         return self.array.shape[self.array.ndim - len(self.argument.shape) :]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A piece of work without its numbers; `order` says which array comes where."""
+
+    computation: Computation
+    batch: int | None
+    order: tuple[int, ...]
+
+
+class Planner:
+    """Plans queries, and remembers the plans of those that differ in numbers alone."""
+
+    def __init__(self, *, capacity: int) -> None:
+        """Starts empty.
+
+        Args:
+            capacity: How many plans are remembered; the oldest goes first.
+        """
+        self._capacity = capacity
+        self._plans: OrderedDict[Hashable, _Plan] = OrderedDict()
+
+    def plan(self, query: Query, function: FunctionSpec) -> Work:
+        """Fits a query to the function that it names; see `plan`."""
+        if query.cast:  # Whether numbers can be converted depends on them.
+            return plan(query, function)
+        kind, arrays = (function.qualified_name, query.kind), query.arrays
+        known = self._plans.get(kind)
+        if known is None:
+            work = plan(query, function)
+            places = {id(array): place for place, array in enumerate(arrays)}
+            order = tuple(places[id(array)] for array in work.arrays)
+            known = self._plans[kind] = _Plan(work.computation, work.batch, order)
+            if len(self._plans) > self._capacity:
+                self._plans.popitem(last=False)
+        ordered = tuple([arrays[place] for place in known.order])
+        return Work(known.computation, ordered, known.batch)
 
 
 def plan(query: Query, function: FunctionSpec) -> Work:
@@ -80,7 +120,8 @@ def plan(query: Query, function: FunctionSpec) -> Work:
         Variable(name, by_name[name].point_shape, by_name[name].array.dtype.name)
         for name in wrt
     ]
-    vectors = fit_vectors(query, function, variables, batch)
+    has_x64 = not WIDE.isdisjoint(dtypes.values())
+    vectors = fit_vectors(query, function, variables, batch, has_x64=has_x64)
     computation = Computation(
         function=function.qualified_name,
         quantities=in_order(query.quantities),

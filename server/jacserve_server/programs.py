@@ -1,6 +1,7 @@
 """Compiled programs: traced, lowered and compiled ahead of time for one device."""
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
@@ -10,6 +11,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from jacserve import trees
+from jacserve.sampling import random_array
 from jacserve.sparse import Pattern
 from jacserve.tensors import Array, dtype_named
 from jacserve.trees import Path
@@ -19,7 +21,7 @@ from jacserve_server.diagnosis import execution_error, explained
 from jacserve_server.errors import ServiceError, describe_exception
 from jacserve_server.quantities import QUANTITIES
 from jacserve_server.strategies import Decision, wrt_of
-from jacserve_server.tracing import x64
+from jacserve_server.tracing import has_steady_cost, has_x64, x64
 from jacserve_server.transforms import COMPUTE
 from jacserve_server.transforms.point import Compressed, Point
 from jacserve_server.work import Computation, ProgramKey, Strategy
@@ -29,6 +31,9 @@ Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]
 
 # What is tried when all products at once would not fit.
 _CHUNK_SIZES = (512, 64, 8, 1)
+# Well under what it takes to hand work to a thread and to wait for it.
+_BRIEF_S = 50e-6
+_TIMED_RUNS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,26 +57,24 @@ class Program:
     Attributes:
         key: What it computes.
         strategy: How it differentiates.
+        modes: How each derivative is made.
         patterns: Where the values of its sparse arrays stand.
         outline: Quantity and path of each of its arrays.
         row_bytes: Bytes of one point's result.
+        has_x64: Whether it was traced with 64-bit types.
+        is_brief: Whether it was measured to take less time than handing it to a
+            thread, and takes the same whatever its inputs are.
     """
 
     key: ProgramKey
     strategy: Strategy
+    modes: Mapping[Quantity, Mode]
     patterns: Mapping[Quantity, Pattern]
     outline: tuple[tuple[Quantity, Path], ...]
     row_bytes: int
+    has_x64: bool
+    is_brief: bool
     _executable: Any
-
-    @property
-    def modes(self) -> dict[Quantity, Mode]:
-        """How each derivative is made."""
-        found: dict[Quantity, Mode] = {}
-        for quantity in self.key.computation.quantities:
-            if need := QUANTITIES[quantity].needs:
-                found[quantity] = getattr(self.strategy, need)
-        return found
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """Runs the program and waits for it.
@@ -87,7 +90,7 @@ class Program:
             ServiceError: The device failed.
         """
         try:
-            with x64(self.key.computation.arrays):
+            with jax.enable_x64(self.has_x64):
                 arrays = self._executable(*inputs)
             # This waits, too, and in less time than jax.block_until_ready.
             return [np.asarray(array) for array in arrays]
@@ -121,23 +124,23 @@ def compile_program(
         ServiceError: The function can't be traced for these shapes, a quantity does
             not exist for them, the program would take too much, or XLA fails.
     """
-    memory = _Memory(0, 0)
+    total = 0
     for strategy in _ever_smaller(decision.strategy):
-        program, memory = _compiled(
+        program, total, temporary, is_steady = _compiled(
             function, key, replace(decision, strategy=strategy), device, limits
         )
-        if memory.total <= limits.program_bytes:
-            return program
-        if memory.total - memory.temporary > limits.program_bytes:
+        if total <= limits.program_bytes:
+            return _timed(program) if is_steady else program
+        if total - temporary > limits.program_bytes:
             break  # Arguments and results alone are too large.
     raise ServiceError(
         "DEVICE_OUT_OF_MEMORY",
         f"{function.spec.resource} at {key.bucket or 1} points would take "
-        f"{memory.total} bytes of the device's memory, but may take "
+        f"{total} bytes of the device's memory, but may take "
         f"{limits.program_bytes}. Ask for fewer points at once, or raise the server's "
         "max_program_bytes.",
         function=function.spec.resource,
-        program_bytes=memory.total,
+        program_bytes=total,
         max_program_bytes=limits.program_bytes,
     )
 
@@ -151,11 +154,20 @@ def _ever_smaller(strategy: Strategy) -> Iterator[Strategy]:
             yield replace(strategy, chunk_size=chunk_size)
 
 
-class _Memory(NamedTuple):
-    """What a program takes on its device, in bytes."""
+class _Compiled(NamedTuple):
+    """A program, and what it takes.
 
+    Attributes:
+        program: The program.
+        total: Bytes on its device.
+        temporary: Those of them for intermediates.
+        is_steady: Whether it takes the same time whatever its inputs are.
+    """
+
+    program: Program
     total: int
     temporary: int
+    is_steady: bool
 
 
 def _compiled(
@@ -164,7 +176,7 @@ def _compiled(
     decision: Decision,
     device: Device,
     limits: Limits,
-) -> tuple[Program, _Memory]:
+) -> _Compiled:
     computation = key.computation
     at_point, outline = _at_point(function, computation, decision)
     sharding = SingleDeviceSharding(device)
@@ -178,9 +190,10 @@ def _compiled(
         )
         for spec in computation.arrays
     ]
-    with x64(computation.arrays):
+    with x64(computation.inputs):
         try:
-            lowered = jax.jit(_batched(function, key, at_point)).lower(*arguments)
+            traced = jax.jit(_batched(function, key, at_point)).trace(*arguments)
+            lowered = traced.lower()
         except ServiceError:
             raise
         # A function may raise anything, SystemExit included.
@@ -191,7 +204,7 @@ def _compiled(
         row_bytes = _row_bytes(lowered.out_info, key)
         # The smallest batch that this bucket serves.
         check_result_size(
-            function.spec.resource,
+            computation.function,
             row_bytes,
             key.bucket // 2 + 1 if key.bucket else key.bucket,
             limits,
@@ -212,14 +225,57 @@ def _compiled(
         if is_sparse and quantity in computation.quantities
     }
     program = Program(
-        key, decision.strategy, patterns, tuple(outline), row_bytes, executable
+        key=key,
+        strategy=decision.strategy,
+        modes=_modes(computation, decision.strategy),
+        patterns=patterns,
+        outline=tuple(outline),
+        row_bytes=row_bytes,
+        has_x64=has_x64(computation.inputs),
+        is_brief=False,
+        _executable=executable,
     )
+    steady = device.platform == "cpu" and has_steady_cost(traced.jaxpr)
     analysis = executable.memory_analysis()
     if analysis is None:
-        return program, _Memory(0, 0)
+        return _Compiled(program, 0, 0, steady)
     temporary = analysis.temp_size_in_bytes
     fixed = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
-    return program, _Memory(fixed + temporary, temporary)
+    return _Compiled(program, fixed + temporary, temporary, steady)
+
+
+def _timed(program: Program) -> Program:
+    """Measures whether a program whose cost is always the same is brief."""
+    computation, bucket = program.key.computation, program.key.bucket
+    random = np.random.default_rng(0)
+    inputs = [
+        random_array(
+            random,
+            spec.shape
+            if bucket is None or not spec.is_batched
+            else (bucket, *spec.shape),
+            spec.dtype,
+            is_positive=True,
+        )
+        for spec in computation.arrays
+    ]
+    fastest = math.inf
+    for turn in range(_TIMED_RUNS):
+        start = time.perf_counter()
+        program.run(inputs)
+        fastest = min(fastest, time.perf_counter() - start)
+        # The first runs are slow.
+        if turn >= 2 and fastest > 4 * _BRIEF_S:
+            break
+    return replace(program, is_brief=fastest < _BRIEF_S)
+
+
+def _modes(computation: Computation, strategy: Strategy) -> dict[Quantity, Mode]:
+    found: dict[Quantity, Mode] = {}
+    for quantity in computation.quantities:
+        if need := QUANTITIES[quantity].needs:
+            found[quantity] = getattr(strategy, need)
+    return found
 
 
 def _row_bytes(arrays: Sequence[Any], key: ProgramKey) -> int:
@@ -231,12 +287,12 @@ def _row_bytes(arrays: Sequence[Any], key: ProgramKey) -> int:
 
 
 def check_result_size(
-    resource: str, row_bytes: int, batch: int | None, limits: Limits
+    function: str, row_bytes: int, batch: int | None, limits: Limits
 ) -> None:
     """Refuses a result that could not be sent.
 
     Args:
-        resource: The function's name, for the message.
+        function: The function's name, for the message.
         row_bytes: Bytes of one point's result.
         batch: How many points; None for one.
         limits: What may be sent.
@@ -250,11 +306,11 @@ def check_result_size(
     if max(row_bytes, 1) * points > limits.result_bytes:
         raise ServiceError(
             "RESULT_TOO_LARGE",
-            f"the result of {resource} at {points} points would take "
+            f"the result of functions/{function} at {points} points would take "
             f"{row_bytes * points} bytes, but this server sends at most "
             f"{limits.result_bytes}. Ask for fewer points at once or fewer quantities, "
             "or raise the server's max_message_bytes.",
-            function=resource,
+            function=f"functions/{function}",
             result_bytes=row_bytes * points,
             max_result_bytes=limits.result_bytes,
         )

@@ -1,6 +1,6 @@
 """What a client asked, decoded: a `Query`, or a `SparsityQuery`."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,6 +38,29 @@ class Query:
     tangents: tuple[tuple[str, Array], ...] = ()
     cotangents: tuple[tuple[Path, Array], ...] = ()
     patterns: tuple[str, ...] = ()
+
+    @property
+    def arrays(self) -> list[Array]:
+        """All arrays: inputs, tangents and cotangents, in the order given."""
+        return [
+            *(array for _, array in self.inputs),
+            *(array for _, array in self.tangents),
+            *(array for _, array in self.cotangents),
+        ]
+
+    @property
+    def kind(self) -> Hashable:
+        """All that planning depends on, which is not the numbers."""
+        labelled = (*self.inputs, *self.tangents, *self.cotangents)
+        return (
+            self.quantities,
+            self.wrt,
+            self.mode,
+            self.layout,
+            len(self.inputs),
+            len(self.tangents),
+            *((label, array.dtype, array.shape) for label, array in labelled),
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -36,6 +36,14 @@ class Executor(Protocol[P]):
         """Finds a sparsity pattern."""
         ...
 
+    def is_brief(self, program: P) -> bool:
+        """Whether a program takes less time than handing it to a thread."""
+        ...
+
+    def run_now(self, program: P, work: Work) -> Outcome:
+        """Runs a brief program in this thread."""
+        ...
+
     async def run(self, program: P, work: Work) -> Outcome:
         """Runs a program on the inputs of a piece of work."""
         ...
@@ -105,6 +113,9 @@ class Scheduler(Generic[P]):
         if program is None:
             program = await self._executor.prepare(key)
             compile_s = time.monotonic() - start
+        if self._executor.is_brief(program):
+            outcome = self._executor.run_now(program, work)
+            return replace(outcome, compile_s=compile_s) if compile_s else outcome
         queued = time.monotonic()
         await self._slots.acquire()
         queue_s = time.monotonic() - queued

@@ -89,6 +89,7 @@ class Server:
                 catalog,
                 self._scheduler,
                 partial(measurements.of, device=device.device_kind),
+                config.max_message_bytes,
             ),
             self._server,
         )

@@ -27,8 +27,10 @@ from jacserve_server.messages import (
     encode_function,
     encode_outcome,
     encode_sparsity,
+    pattern_bytes,
+    result_bytes,
 )
-from jacserve_server.planning import plan, plan_sparsity
+from jacserve_server.planning import Planner, plan_sparsity
 from jacserve_server.query import Query
 from jacserve_server.scheduler import Scheduler
 from jacserve_server.signature import FunctionSpec
@@ -37,6 +39,7 @@ from jacserve_server.work import Outcome
 _log = logging.getLogger(__name__)
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 _DEFAULT_PAGE, _LARGEST_PAGE = 100, 1000
+_MOST_PLANS = 1000
 
 M = TypeVar("M", bound=Message)
 
@@ -49,6 +52,7 @@ class JacobianService(pb_grpc.JacobianServiceServicer):
         catalog: Catalog,
         scheduler: Scheduler[Any],
         measured: Callable[[str], Sequence[Measurement]],
+        max_result_bytes: int,
     ) -> None:
         """Keeps its collaborators.
 
@@ -56,10 +60,13 @@ class JacobianService(pb_grpc.JacobianServiceServicer):
             catalog: The functions.
             scheduler: Executes queries.
             measured: Returns what was measured of a function, by its qualified name.
+            max_result_bytes: The most that an answer may take.
         """
+        self._max_result_bytes = max_result_bytes
         self._catalog = catalog
         self._scheduler = scheduler
         self._measured = measured
+        self._planner = Planner(capacity=_MOST_PLANS)
 
     async def ListFunctions(  # noqa: N802, D102
         self, request: pb.ListFunctionsRequest, context: Any
@@ -116,17 +123,34 @@ class JacobianService(pb_grpc.JacobianServiceServicer):
             function = self._catalog.find(request.name).spec
             sought = plan_sparsity(decode_sparsity_query(request), function)
             found = await self._scheduler.sparsity(sought)
+            self._check_size(function.resource, pattern_bytes(found.pattern, "coo"))
             return encode_sparsity(found, sought, function)
 
     async def _evaluate(self, request: pb.Query) -> pb.Result:
         with self._scheduler.admitted(request.ByteSize()):
             function = self._catalog.find(request.function).spec
             query = decode_query(request)
-            outcome = await self._scheduler.submit(plan(query, function))
+            work = self._planner.plan(query, function)
+            outcome = await self._scheduler.submit(work)
             if query.require_finite:
                 _check_finite(outcome, query.quantities)
-            _check_patterns(outcome, query)
+            if outcome.patterns or query.patterns:
+                _check_patterns(outcome, query)
+                self._check_size(function.resource, result_bytes(outcome, query))
             return encode_outcome(outcome, query)
+
+    def _check_size(self, resource: str, size_bytes: int) -> None:
+        if size_bytes > self._max_result_bytes:
+            raise ServiceError(
+                "RESULT_TOO_LARGE",
+                f"the answer of {resource} would take {size_bytes} bytes with its "
+                f"sparsity pattern, but this server sends at most "
+                f"{self._max_result_bytes}. Ask for less at once, or raise the "
+                "server's max_message_bytes.",
+                function=resource,
+                result_bytes=size_bytes,
+                max_result_bytes=self._max_result_bytes,
+            )
 
 
 def _check_patterns(outcome: Outcome, query: Query) -> None:

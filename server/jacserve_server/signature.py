@@ -30,6 +30,7 @@ DTYPES = (
     "bool",
 )
 INEXACT = frozenset(DTYPES[:6])
+WIDE = frozenset({"float64", "complex128", "int64", "uint64"})
 _TRIAL_DTYPES = ("float32", "float64", "bfloat16", "float16", "complex64")
 
 

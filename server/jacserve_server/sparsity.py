@@ -19,11 +19,17 @@ import numpy as np
 from jacserve.sampling import random_array
 from jacserve.sparse import Pattern
 from jacserve.tensors import dtype_named
-from jacserve.vocabulary import Direction, Mode
+from jacserve.vocabulary import DIRECTIONS, Direction, Mode
 from jacserve_server.catalog import RegisteredFunction
+from jacserve_server.diagnosis import trace_error
 from jacserve_server.errors import ServiceError, describe_exception
-from jacserve_server.tracing import x64
-from jacserve_server.transforms.point import Compressed, Point
+from jacserve_server.tracing import abstract_results, mode_problem, x64
+from jacserve_server.transforms.point import (
+    Compressed,
+    FunctionError,
+    Point,
+    check_scalar,
+)
 from jacserve_server.transforms.products import ravelled, shaped
 from jacserve_server.work import InputSpec, Sparsity, SparsityKey, Strategy
 
@@ -83,13 +89,26 @@ def find_sparsity(function: RegisteredFunction, sought: SparsityKey) -> ColoredP
     resource, inputs, kind = function.spec.resource, sought.inputs, sought.kind
     names = [argument.name for argument in function.spec.signature.arguments]
     wrt = [(names.index(name), name) for name in sought.wrt]
+    try:
+        leaves = abstract_results(function.call, inputs)
+    except FunctionError as error:
+        raise trace_error(function, error) from error
+    if kind == "hessian":
+        check_scalar(resource, leaves, "hessian", "Only a scalar function has one.")
+    directions: list[Direction] = [
+        direction
+        for direction in DIRECTIONS
+        if direction in function.spec.modes
+        or mode_problem(function.call, inputs, wrt, direction) is None
+    ]
     # The arguments to differentiate first. The others are unknown numbers to it, too.
     first = [place for place, _ in wrt]
     order = [*first, *(place for place in range(len(inputs)) if place not in first)]
 
     def f(*arguments: Any) -> Any:
         given = dict(zip(order, arguments, strict=True))
-        point = _point(function, [given[place] for place in sorted(order)], wrt)
+        ordered = [given[place] for place in sorted(order)]
+        point = _point(function, ordered, wrt, kind)
         return _f(point, kind)(*point.arguments)
 
     samples = [
@@ -105,9 +124,9 @@ def find_sparsity(function: RegisteredFunction, sought: SparsityKey) -> ColoredP
             warnings.simplefilter("ignore")
             places = tuple(range(len(wrt)))
             sparsity = detect(f, *samples, argnums=places, has_aux=True)
-            coloring = _colored(
-                asdex, sparsity, kind, function.spec.modes, samples[: len(wrt)]
-            )
+            coloring = _colored(asdex, sparsity, kind, directions, samples[: len(wrt)])
+            found = _found(sparsity, coloring, kind)
+            worst, most = _error(function, inputs, wrt, found)
     except ServiceError:
         raise
     except Exception as error:
@@ -119,15 +138,27 @@ def find_sparsity(function: RegisteredFunction, sought: SparsityKey) -> ColoredP
             function=resource,
             mode="sparse",
         ) from error
+    if worst > most:
+        raise ServiceError(
+            "SPARSITY_UNSUPPORTED",
+            f"the sparsity found of {resource} does not hold: products with the "
+            f"sparse matrix are off by {worst:.1e}. Use mode auto, forward or reverse, "
+            "and report it.",
+            field="mode",
+            function=resource,
+            mode="sparse",
+        )
+    return found
+
+
+def _found(sparsity: Any, coloring: Any, kind: Kind) -> ColoredPattern:
     mode: Mode = "forward_over_reverse"
     if kind == "jacobian":
         mode = "forward" if coloring.mode == "fwd" else "reverse"
     shape = (int(sparsity.shape[0]), int(sparsity.shape[1]))
     pattern = Pattern.of(shape, np.asarray(sparsity.rows), np.asarray(sparsity.cols))
     count = int(coloring.num_colors)
-    found = ColoredPattern(Sparsity(pattern, count, mode), kind, coloring)
-    _check(function, inputs, wrt, found)
-    return found
+    return ColoredPattern(Sparsity(pattern, count, mode), kind, coloring)
 
 
 def _import_asdex() -> Any:
@@ -146,14 +177,21 @@ def _import_asdex() -> Any:
 
 
 def _point(
-    function: RegisteredFunction, inputs: Sequence[Any], wrt: Sequence[tuple[int, str]]
+    function: RegisteredFunction,
+    inputs: Sequence[Any],
+    wrt: Sequence[tuple[int, str]],
+    kind: Kind,
 ) -> Point:
+    is_jacobian = kind == "jacobian"
+    strategy = (
+        Strategy(jacobian="sparse") if is_jacobian else Strategy(hessian="sparse")
+    )
     return Point(
         function.call,
         inputs,
         resource=function.spec.resource,
         wrt=wrt,
-        strategy=Strategy(),
+        strategy=strategy,
     )
 
 
@@ -187,13 +225,17 @@ def _colored(
     return min(colorings, key=lambda coloring: coloring.num_colors)
 
 
-def _check(
+def _error(
     function: RegisteredFunction,
     inputs: Sequence[InputSpec],
     wrt: Sequence[tuple[int, str]],
     found: ColoredPattern,
-) -> None:
-    """Compares the sparse matrix with products that do not know the pattern."""
+) -> tuple[float, float]:
+    """Compares the sparse matrix with products that do not know the pattern.
+
+    Returns:
+        The largest error, and the largest that rounding explains.
+    """
     pattern, mode = found.sparsity.pattern, found.sparsity.mode
     dtypes = [dtype_named(inputs[place].dtype) for place, _ in wrt]
     is_holomorphic = any(dtype.kind == "c" for dtype in dtypes)
@@ -201,7 +243,7 @@ def _check(
     places = tuple(range(len(wrt)))
 
     def errors(samples: Sequence[jax.Array], vectors: jax.Array) -> jax.Array:
-        point = _point(function, samples, wrt)
+        point = _point(function, samples, wrt, found.kind)
         f = _f(point, found.kind)
         data, _ = compressed.evaluate(f, *point.arguments)
         derivative = f
@@ -229,26 +271,16 @@ def _check(
 
     random = np.random.default_rng(0)
     length = pattern.shape[mode != "reverse"]
-    widest = np.result_type(*dtypes)
+    widest = jnp.result_type(*dtypes)
     worst = 0.0
-    with x64(inputs):
-        compiled = jax.jit(errors)
-        for place in range(_CHECKED_POINTS):
-            samples = [
-                random_array(random, spec.shape, spec.dtype, is_positive=place > 0)
-                for spec in inputs
-            ]
-            vectors = random_array(random, (_CHECKED_VECTORS, length), widest.name)
-            each = np.asarray(compiled(samples, vectors), np.float64)
-            worst = max(worst, float(np.max(each[np.isfinite(each)], initial=0.0)))
+    compiled = jax.jit(errors)
+    for place in range(_CHECKED_POINTS):
+        samples = [
+            random_array(random, spec.shape, spec.dtype, is_positive=place > 0)
+            for spec in inputs
+        ]
+        vectors = random_array(random, (_CHECKED_VECTORS, length), widest.name)
+        each = np.asarray(compiled(samples, vectors), np.float64)
+        worst = max(worst, float(np.max(each[np.isfinite(each)], initial=0.0)))
     eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
-    if worst > 1000 * eps * math.sqrt(max(pattern.shape)):
-        raise ServiceError(
-            "SPARSITY_UNSUPPORTED",
-            f"the sparsity found of {function.spec.resource} does not hold: products "
-            f"with the sparse matrix are off by {worst:.1e}. Use mode auto, forward "
-            "or reverse, and report it.",
-            field="mode",
-            function=function.spec.resource,
-            mode="sparse",
-        )
+    return worst, 1000 * eps * math.sqrt(max(pattern.shape))

@@ -15,7 +15,12 @@ from jacserve_server.errors import ServiceError
 from jacserve_server.quantities import needs_of
 from jacserve_server.sparsity import ColoredPattern, Kind
 from jacserve_server.tracing import mode_problem
-from jacserve_server.transforms.point import FunctionError, Leaf, is_inexact
+from jacserve_server.transforms.point import (
+    FunctionError,
+    Leaf,
+    is_inexact,
+    nothing_to_differentiate,
+)
 from jacserve_server.work import Computation, ProgramKey, Strategy
 
 # More products come in chunks of this many: no slower in `make bench-chunks`, up to
@@ -143,7 +148,10 @@ class _Decider:
         if mode in self._function.spec.modes:
             return None
         inputs = self._computation.inputs
-        return mode_problem(self._function.call, inputs, self._wrt, mode)
+        problem = mode_problem(self._function.call, inputs, self._wrt, mode)
+        if problem is not None and not self._results:
+            raise nothing_to_differentiate(self._function.spec.resource)
+        return problem
 
     def _product_direction(self, natural: Direction) -> Direction:
         option = self._computation.mode

@@ -10,10 +10,9 @@ from jacserve.tensors import dtype_named
 from jacserve.trees import Path
 from jacserve.vocabulary import Curvature, Direction
 from jacserve_server.errors import ServiceError, describe_exception
+from jacserve_server.signature import WIDE
 from jacserve_server.transforms.point import FunctionError, Leaf, Point, results
 from jacserve_server.work import InputSpec, Strategy
-
-_WIDE = frozenset({"float64", "complex128", "int64", "uint64"})
 
 
 def x64(inputs: Sequence[InputSpec]) -> AbstractContextManager[Any]:
@@ -28,7 +27,12 @@ def x64(inputs: Sequence[InputSpec]) -> AbstractContextManager[Any]:
     Returns:
         A context manager, for the current thread.
     """
-    return jax.enable_x64(any(spec.dtype in _WIDE for spec in inputs))
+    return jax.enable_x64(has_x64(inputs))
+
+
+def has_x64(inputs: Sequence[InputSpec]) -> bool:
+    """Tells whether a program of these inputs is traced and run with 64-bit types."""
+    return any(spec.dtype in WIDE for spec in inputs)
 
 
 def structs(inputs: Sequence[InputSpec]) -> list[jax.ShapeDtypeStruct]:
@@ -36,6 +40,31 @@ def structs(inputs: Sequence[InputSpec]) -> list[jax.ShapeDtypeStruct]:
     return [
         jax.ShapeDtypeStruct(spec.shape, dtype_named(spec.dtype)) for spec in inputs
     ]
+
+
+# Loops of any length, and calls of code that may do anything.
+_UNSTEADY = ("while", "callback", "ffi_call", "infeed", "outfeed")
+
+
+def has_steady_cost(jaxpr: Any) -> bool:
+    """Tells whether a traced function takes the same time whatever its inputs are.
+
+    Args:
+        jaxpr: What tracing it gave.
+
+    Returns:
+        False where it loops until a condition holds, or calls back to Python.
+    """
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    for equation in jaxpr.eqns:
+        if any(word in equation.primitive.name for word in _UNSTEADY):
+            return False
+        for parameter in equation.params.values():
+            each = parameter if isinstance(parameter, tuple | list) else (parameter,)
+            inner = [x for x in each if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
+            if not all(map(has_steady_cost, inner)):
+                return False
+    return True
 
 
 def abstract_results(

@@ -17,7 +17,7 @@ from jacserve.trees import Path
 from jacserve_server.errors import ServiceError
 from jacserve_server.quantities import QUANTITIES
 from jacserve_server.query import Query
-from jacserve_server.signature import INEXACT, FunctionSpec
+from jacserve_server.signature import INEXACT, WIDE, FunctionSpec
 from jacserve_server.work import InputSpec
 
 Kind = Literal["tangents", "cotangents"]
@@ -46,6 +46,8 @@ def fit_vectors(
     function: FunctionSpec,
     wrt: Sequence[Variable],
     batch: int | None,
+    *,
+    has_x64: bool,
 ) -> Vectors:
     """Checks the vectors of a query.
 
@@ -54,6 +56,7 @@ def fit_vectors(
         function: The function.
         wrt: The arguments differentiated, in order.
         batch: The points of the batch; None for one.
+        has_x64: Whether it is computed with 64-bit types.
 
     Returns:
         The vectors, converted where the query allows it. How many numbers a
@@ -67,9 +70,7 @@ def fit_vectors(
     widest = _common_dtype(wrt)
     tangents = [
         _fitted(query, array, shape, batch, f"tangents[{place}]", label, dtype)
-        for place, (label, array, shape, dtype) in enumerate(
-            _tangents(query, function, wrt, widest)
-        )
+        for place, label, array, shape, dtype in _tangents(query, function, wrt, widest)
     ]
     cotangents = [
         (
@@ -80,15 +81,29 @@ def fit_vectors(
             _cotangents(query, function)
         )
     ]
+    for place, (_, spec, _, _) in enumerate(cotangents):
+        if spec.dtype in WIDE and not has_x64:
+            raise ServiceError(
+                "DTYPE_MISMATCH",
+                f"a cotangent is {spec.dtype}, but {function.resource} is given no "
+                "64-bit inputs and returns no such results. Convert it.",
+                field=f"cotangents[{place}].tensor.dtype",
+                function=function.resource,
+                dtype=spec.dtype,
+            )
     for kind, several in (
-        ("tangents", [len(spec.shape) > rank for spec, _, rank in tangents]),
-        ("cotangents", [len(spec.shape) > rank for _, spec, _, rank in cotangents]),
+        ("tangents", [spec.shape[: len(spec.shape) - r] for spec, _, r in tangents]),
+        (
+            "cotangents",
+            [spec.shape[: len(spec.shape) - r] for _, spec, _, r in cotangents],
+        ),
     ):
         if len(set(several)) > 1:
             raise ServiceError(
                 "SHAPE_MISMATCH",
-                f"some {kind} have an axis for several at once, and some have none. "
-                "Pass all with one, of the same length, or all without.",
+                f"the {kind} do not agree in an axis for several at once: "
+                f"{', '.join(map(format_shape, several))}. Pass all with one, of the "
+                "same length, or all without.",
                 field=kind,
             )
     return Vectors(
@@ -117,13 +132,16 @@ def _common_dtype(wrt: Sequence[Variable]) -> str:
     dtypes = {variable.dtype for variable in wrt}
     if not dtypes:
         return "float64"
-    return np.result_type(*map(dtype_named, dtypes)).name
+    try:
+        return np.result_type(*map(dtype_named, dtypes)).name
+    except TypeError:  # float16 and bfloat16 have none in numpy; in JAX they do.
+        return "float32"
 
 
 def _tangents(
     query: Query, function: FunctionSpec, wrt: Sequence[Variable], widest: str
-) -> list[tuple[str, Array, tuple[int, ...], str]]:
-    """Returns label, array, shape and dtype of each tangent, in the order of wrt."""
+) -> list[tuple[int, str, Array, tuple[int, ...], str]]:
+    """Returns place, label, array, shape, dtype of each tangent, in wrt's order."""
     tangents = list(query.tangents)
     if not tangents:
         return []
@@ -139,22 +157,35 @@ def _tangents(
                 function=function.resource,
             )
         n = sum(int(np.prod(variable.shape)) for variable in wrt)
-        return [("the tangent", tangents[0][1], (n,), widest)]
-    given = {
-        label or (names[place] if place < len(names) else str(place)): array
-        for place, (label, array) in enumerate(tangents)
-    }
-    if list(given) != names and (set(given) != set(names)):
+        return [(0, "the tangent", tangents[0][1], (n,), widest)]
+    labels = [
+        label or (names[place] if place < len(names) else str(place))
+        for place, (label, _) in enumerate(tangents)
+    ]
+    twice = [label for place, label in enumerate(labels) if label in labels[:place]]
+    if twice:
         raise ServiceError(
             "ARGUMENT_MISMATCH",
-            f"tangents were given for {', '.join(given)}, but {', '.join(names)} "
+            f"the tangent of {twice[0]} was given twice. Pass each once.",
+            field="tangents",
+            function=function.resource,
+            argument=twice[0],
+        )
+    if set(labels) != set(names):
+        raise ServiceError(
+            "ARGUMENT_MISMATCH",
+            f"tangents were given for {', '.join(labels)}, but {', '.join(names)} "
             "are differentiated. Pass one for each of these.",
             field="tangents",
             function=function.resource,
-            given=", ".join(given),
+            given=", ".join(labels),
             wrt=", ".join(names),
         )
-    return [(f"the tangent of {v.name}", given[v.name], v.shape, v.dtype) for v in wrt]
+    places = [labels.index(variable.name) for variable in wrt]
+    return [
+        (place, f"the tangent of {v.name}", tangents[place][1], v.shape, v.dtype)
+        for place, v in zip(places, wrt, strict=True)
+    ]
 
 
 def _cotangents(
@@ -231,7 +262,8 @@ def _with_dtype(
 ) -> Array:
     given = array.dtype.name
     # The dtype of a result shows when the function is traced.
-    if given == dtype or (field.startswith("cotangents") and given in INEXACT):
+    is_open = field.startswith("cotangents") and given in INEXACT and not query.cast
+    if given == dtype or is_open:
         return array
     if query.cast and cast_target(given, (dtype,)):
         return converted(array, dtype)

@@ -7,7 +7,7 @@ live in another process.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from jacserve.sparse import Pattern
@@ -64,6 +64,17 @@ class Computation:
     inputs: tuple[InputSpec, ...]
     tangents: tuple[InputSpec, ...] = ()
     cotangents: tuple[tuple[Path, InputSpec], ...] = ()
+    _hash: int = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Hashes once what every call finds its program by."""
+        parts = (self.function, self.quantities, self.wrt, self.mode, self.layout)
+        vectors = (self.inputs, self.tangents, self.cotangents)
+        object.__setattr__(self, "_hash", hash((parts, vectors)))
+
+    def __hash__(self) -> int:
+        """Returns the hash of all that it compares by."""
+        return self._hash
 
     @property
     def arrays(self) -> tuple[InputSpec, ...]:

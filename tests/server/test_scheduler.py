@@ -13,6 +13,11 @@ from jacserve_server.work import Computation, Outcome, ProgramKey, Strategy, Wor
 WORK = Work(Computation("f@1", ("value",), (), None, "matrix", ()), (), None)
 
 
+def outcome() -> Outcome:
+    strategy = Strategy()
+    return Outcome("f@1", (), np.array(True), {}, {}, strategy, None, "fake:0", 0.5)
+
+
 class FakeExecutor:
     """Compiles nothing, runs until its gate opens, and keeps a diary."""
 
@@ -22,6 +27,13 @@ class FakeExecutor:
 
     def ready(self, key: ProgramKey) -> None:
         del key
+
+    def is_brief(self, program: str) -> bool:
+        return program == "brief@1"
+
+    def run_now(self, program: str, work: Work) -> Any:
+        self.diary.append("now")
+        return outcome()
 
     async def sparsity(self, sought: Any) -> Any:
         del sought
@@ -33,8 +45,7 @@ class FakeExecutor:
         self.diary.append("started")
         await self.gate.wait()
         self.diary.append("finished")
-        strategy = Strategy()
-        return Outcome("f@1", (), np.array(True), {}, {}, strategy, None, "fake:0", 0.5)
+        return outcome()
 
 
 def make(slots: int = 1, max_queries: int = 2, max_bytes: int = 100):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jacserve import trees
 from jacserve.vocabulary import Layout
 from jacserve_server.transforms.jacobian import by_argument
-from jacserve_server.transforms.point import Point
+from jacserve_server.transforms.point import Point, check_scalar
 from jacserve_server.transforms.products import (
     mapped,
     multiplied,
@@ -39,7 +39,12 @@ def hessian(point: Point, layout: Layout) -> Any:
             (leaf.path, by_argument(point, [by_argument(point, row) for row in rows]))
             for leaf, rows in point.hessian_blocks()
         )
-    point.check_scalar("hessian", 'Pass layout="blocks" for one of each result.')
+    check_scalar(
+        point.resource,
+        point.results,
+        "hessian",
+        'Pass layout="blocks" for one of each result.',
+    )
     if point.is_values("hessian", layout):
         return point.data("hessian")
     if point.strategy.hessian == "sparse":
@@ -56,7 +61,9 @@ def hvp(point: Point, layout: Layout) -> Any:
     Raises:
         ServiceError: The function has more than one result.
     """
-    point.check_scalar("hvp", "Ask for hessian in the blocks layout.")
+    check_scalar(
+        point.resource, point.results, "hvp", "Ask for hessian in the blocks layout."
+    )
     vectors = shaped_tangents(point, layout)
     if point.strategy.hvp != "forward_over_reverse":
         flat = multiplied(ravelled(vectors, point.arguments), _assembled(point))

@@ -4,7 +4,7 @@ from typing import Any
 
 from jacserve.vocabulary import Layout
 from jacserve_server.transforms.jacobian import by_argument
-from jacserve_server.transforms.point import Point
+from jacserve_server.transforms.point import Point, check_scalar
 
 
 def gradient(point: Point, layout: Layout) -> Any:
@@ -14,7 +14,7 @@ def gradient(point: Point, layout: Layout) -> Any:
         ServiceError: The function has more than one result.
     """
     _ = point.matrix if layout != "blocks" else point.blocks
-    point.check_scalar("gradient", "Ask for jacobian.")
+    check_scalar(point.resource, point.results, "gradient", "Ask for jacobian.")
     if layout != "blocks":
         return point.matrix[0]
     # Empty results may stand beside the only number.

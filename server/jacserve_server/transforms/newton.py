@@ -52,4 +52,7 @@ def _solution(matrix: jax.Array, target: jax.Array) -> jax.Array:
 
 def _scales(largest: jax.Array) -> jax.Array:
     _, exponent = jnp.frexp(largest)
-    return jnp.where(largest > 0, jnp.ldexp(jnp.ones_like(largest), -exponent), 1.0)
+    # Within the powers of 2 that are normal numbers: others would be flushed to 0.
+    limits = jnp.finfo(largest.dtype)
+    exponent = jnp.clip(-exponent, limits.minexp + 1, limits.maxexp - 2)
+    return jnp.where(largest > 0, jnp.ldexp(jnp.ones_like(largest), exponent), 1.0)

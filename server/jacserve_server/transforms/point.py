@@ -177,29 +177,6 @@ class Point:
         [number] = [array for array in arrays if array.size]
         return number.reshape(()), everything
 
-    def check_scalar(self, quantity: Quantity, remedy: str) -> None:
-        """Refuses a quantity of scalar functions where f has more results than one.
-
-        Args:
-            quantity: The quantity.
-            remedy: What to do instead, a sentence.
-
-        Raises:
-            ServiceError: f has another number of results.
-        """
-        m = self.result_size
-        if m != 1:
-            shapes = ", ".join(format_shape(leaf.array.shape) for leaf in self.results)
-            raise ServiceError(
-                "QUANTITY_UNSUPPORTED",
-                f"{self.resource} has {m} results (shape {shapes}), but {quantity} "
-                f"belongs to a function with 1. {remedy}",
-                field="quantities",
-                function=self.resource,
-                quantity=quantity,
-                rows=m,
-            )
-
     @property
     def is_holomorphic(self) -> bool:
         """Whether the derivative is that of a complex function."""
@@ -330,13 +307,7 @@ class Point:
 
     def _check_differentiable(self, arrays: list[jax.Array]) -> None:
         if not arrays:
-            raise ServiceError(
-                "QUANTITY_UNSUPPORTED",
-                f"{self.resource} returns no real or complex array to differentiate. "
-                "Ask for value alone.",
-                field="quantities",
-                function=self.resource,
-            )
+            raise nothing_to_differentiate(self.resource)
         are_complex = [jnp.iscomplexobj(array) for array in arrays]
         if self.is_holomorphic and not all(are_complex):
             raise self._no_derivative(
@@ -358,6 +329,46 @@ class Point:
             function=self.resource,
             mode=modes,
         )
+
+
+def check_scalar(
+    resource: str, leaves: Sequence[Leaf], quantity: Quantity, remedy: str
+) -> None:
+    """Refuses a quantity of scalar functions where f has more results than one.
+
+    Args:
+        resource: The function's name, for the message.
+        leaves: Its results.
+        quantity: The quantity.
+        remedy: What to do instead, a sentence.
+
+    Raises:
+        ServiceError: f has another number of results.
+    """
+    arrays = [leaf.array for leaf in leaves if is_inexact(leaf.array)]
+    m = sum(array.size for array in arrays)
+    if m != 1:
+        shapes = ", ".join(format_shape(array.shape) for array in arrays)
+        raise ServiceError(
+            "QUANTITY_UNSUPPORTED",
+            f"{resource} has {m} results (shape {shapes}), but {quantity} belongs to a "
+            f"function with 1. {remedy}",
+            field="quantities",
+            function=resource,
+            quantity=quantity,
+            rows=m,
+        )
+
+
+def nothing_to_differentiate(resource: str) -> ServiceError:
+    """Says that a function's results are all integers and booleans."""
+    return ServiceError(
+        "QUANTITY_UNSUPPORTED",
+        f"{resource} returns no real or complex array to differentiate. Ask for value "
+        "alone.",
+        field="quantities",
+        function=resource,
+    )
 
 
 def promoted(leaf: Leaf, array: jax.Array, argument: jax.Array) -> jax.Array:

@@ -124,7 +124,8 @@ def _shaped_cotangents(point: Point, layout: Layout) -> list[jax.Array]:
                 field=f"cotangents[{place}].path",
                 function=point.resource,
             )
-    for place, (path, array) in enumerate(leaves):
+    places = list(given)
+    for path, array in leaves:
         if path not in given:
             raise ServiceError(
                 "ARGUMENT_MISMATCH",
@@ -133,6 +134,7 @@ def _shaped_cotangents(point: Point, layout: Layout) -> list[jax.Array]:
                 field="cotangents",
                 function=point.resource,
             )
+        place = places.index(path)
         _check_cotangent(point, place, given[path], array.shape, array.dtype)
     return [given[leaf.path] for leaf in leaves]
 
@@ -170,12 +172,13 @@ def _check_cotangent(
 def shaped(flat: jax.Array, like: Sequence[jax.Array]) -> list[jax.Array]:
     """Cuts numbers along the last axis into arrays shaped like these."""
     parts = split(jnp.moveaxis(flat, -1, 0), like)
-    return [
-        jnp.moveaxis(part, 0, -1)
-        .reshape(*flat.shape[:-1], *array.shape)
-        .astype(array.dtype)
+    arrays = [
+        jnp.moveaxis(part, 0, -1).reshape(*flat.shape[:-1], *array.shape)
         for part, array in zip(parts, like, strict=True)
     ]
+    if jnp.iscomplexobj(flat) and not all(map(jnp.iscomplexobj, like)):
+        return arrays  # The derivatives of a complex result by real arguments.
+    return [part.astype(x.dtype) for part, x in zip(arrays, like, strict=True)]
 
 
 def ravelled(arrays: Sequence[jax.Array], like: Sequence[jax.Array]) -> jax.Array:
