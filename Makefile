@@ -42,6 +42,10 @@ serve: $(VENV)/.runtime ## Serves examples/functions.py on localhost:50051
 test: $(VENV)/.dev ## Runs the tests
 	@$(BIN)/python -m pytest
 
+.PHONY: test-slow
+test-slow: $(VENV)/.dev ## Runs the tests that take longer, such as the gallery's pages
+	@$(BIN)/python -m pytest -m slow
+
 .PHONY: gallery
 gallery: $(VENV)/.dev ## Runs the pages of examples/gallery, and draws their pictures
 	@$(BIN)/python examples/gallery/run.py

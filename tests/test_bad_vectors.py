@@ -84,6 +84,12 @@ def halved(x: Float[Array, "n"]) -> Float[Array, "n"]:
     return jax.lax.while_loop(lambda y: jnp.sum(y) > 1.0, lambda y: y / 2.0, x)
 
 
+@registry.function
+def outside(x: Float[Array, "n"]) -> Float[Array, "n"]:
+    """No mode exists."""
+    return jax.pure_callback(np.sin, x, x, vmap_method="sequential")
+
+
 @pytest.fixture(scope="module")
 def running() -> Generator[RunningServer]:
     with serving(registry) as server:
@@ -948,3 +954,14 @@ def test_a_badly_scaled_jacobian_has_a_finite_condition(
     matrix = np.diag([1.0, 1e-10])
     condition = client.condition_number("linear", (matrix, np.ones(2)), wrt="x")
     np.testing.assert_allclose(condition, 1e10)
+
+
+def test_sparse_mode_of_a_function_without_any_mode(client: jacserve.Client) -> None:
+    for ask in (
+        lambda: client.jacobian("outside", X, mode="sparse"),
+        lambda: client.sparsity("outside", sizes={"n": 3}),
+    ):
+        with pytest.raises(jacserve.InvalidRequestError, match="callback") as caught:
+            ask()
+        assert caught.value.reason == "MODE_UNSUPPORTED"
+        assert "empty sequence" not in str(caught.value)

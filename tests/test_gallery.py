@@ -43,6 +43,7 @@ def assert_is_a_picture(file: Path) -> None:
     assert pixels[..., :3].std() > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_a_page_runs_and_draws_its_picture(page: Path, tmp_path: Path) -> None:
     done = runner.run(Path(shutil.copy(page, tmp_path)))

@@ -672,3 +672,13 @@ def test_a_cotangent_does_not_change_the_dtype_of_the_value(
     with pytest.raises(jacserve.InvalidRequestError, match="float64") as caught:
         client.vjp("weighted", x, np.ones(3))
     assert caught.value.reason == "DTYPE_MISMATCH"
+
+
+def test_a_hessian_is_made_in_chunks_beside_a_gradient_too(
+    client: jacserve.Client,
+) -> None:
+    x = np.linspace(0.5, 1.5, 600)
+    alone = client.evaluate("cubes", x, quantities="hessian")
+    beside = client.evaluate("cubes", x, quantities=("gradient", "hessian"))
+    assert alone.chunk_size is not None
+    assert beside.chunk_size == alone.chunk_size

@@ -150,12 +150,23 @@ def encode_sparsity_request(
     return pb.GetSparsityRequest(
         name=_checked("function", function, str),
         sizes={
-            _checked("a name of sizes", name, str): _checked(f"size {name}", size, int)
+            _checked("a name of sizes", name, str): _size(name, size)
             for name, size in sizes.items()
         },
         wrt=_words("wrt", wrt),
         quantity=_number(QUANTITIES, "quantity", quantity),
     )
+
+
+def _size(name: str, size: int) -> int:
+    if not 0 <= _checked(f"size {name}", size, int) < 2**31:
+        raise InvalidRequestError(
+            f"sizes has {name} = {size}. Pass whole numbers from 0 to 2^31 - 1.",
+            code="INVALID_ARGUMENT",
+            reason="ARGUMENT_MISMATCH",
+            field="sizes",
+        )
+    return size
 
 
 def _encode_cotangents(query: pb.Query, cotangents: Any) -> None:

@@ -29,6 +29,8 @@ from jacserve_server.transforms.point import (
     FunctionError,
     Point,
     check_scalar,
+    is_inexact,
+    nothing_to_differentiate,
 )
 from jacserve_server.transforms.products import ravelled, shaped
 from jacserve_server.work import InputSpec, Sparsity, SparsityKey, Strategy
@@ -93,14 +95,28 @@ def find_sparsity(function: RegisteredFunction, sought: SparsityKey) -> ColoredP
         leaves = abstract_results(function.call, inputs)
     except FunctionError as error:
         raise trace_error(function, error) from error
+    if not any(is_inexact(leaf.array) for leaf in leaves):
+        raise nothing_to_differentiate(resource)
     if kind == "hessian":
         check_scalar(resource, leaves, "hessian", "Only a scalar function has one.")
-    directions: list[Direction] = [
-        direction
-        for direction in DIRECTIONS
+    problems: dict[Direction, str | None] = {
+        direction: None
         if direction in function.spec.modes
-        or mode_problem(function.call, inputs, wrt, direction) is None
-    ]
+        else mode_problem(function.call, inputs, wrt, direction)
+        for direction in DIRECTIONS
+    }
+    directions: list[Direction] = [d for d in DIRECTIONS if problems[d] is None]
+    if not directions:
+        raise ServiceError(
+            "MODE_UNSUPPORTED",
+            f"{resource} can't be differentiated with respect to "
+            f"{', '.join(sought.wrt)}: "
+            + "; ".join(f"{mode}: {problem}" for mode, problem in problems.items())
+            + ". Choose wrt differently, or ask for value alone.",
+            field="mode",
+            function=resource,
+            mode="sparse",
+        )
     # The arguments to differentiate first. The others are unknown numbers to it, too.
     first = [place for place, _ in wrt]
     order = [*first, *(place for place in range(len(inputs)) if place not in first)]

@@ -172,8 +172,7 @@ class _Decider:
     def _with_jacobian(self, strategy: Strategy) -> Strategy:
         option = self._computation.mode
         if option in DIRECTIONS:
-            chunk_size = self._chunk_size(self._n if option == "forward" else self._m)
-            return replace(strategy, jacobian=option, chunk_size=chunk_size)
+            return self._by(option, strategy)
         if self._is_sparse("jacobian"):
             is_measured = option == "auto" and bool(self._measured)
             return replace(strategy, jacobian="sparse", is_measured=is_measured)
@@ -183,11 +182,14 @@ class _Decider:
                 return replace(
                     strategy,
                     jacobian=direction,
-                    chunk_size=measured.chunk_size,
+                    chunk_size=_smaller(strategy.chunk_size, measured.chunk_size),
                     is_measured=True,
                 )
-        direction = self._direction()
-        chunk_size = self._chunk_size(self._n if direction == "forward" else self._m)
+        return self._by(self._direction(), strategy)
+
+    def _by(self, direction: Direction, strategy: Strategy) -> Strategy:
+        own = self._chunk_size(self._n if direction == "forward" else self._m)
+        chunk_size = _smaller(strategy.chunk_size, own)
         return replace(strategy, jacobian=direction, chunk_size=chunk_size)
 
     def _is_sparse(self, kind: Kind) -> bool:
@@ -251,6 +253,11 @@ class _Decider:
             function=resource,
             wrt=wrt,
         )
+
+
+def _smaller(one: int | None, other: int | None) -> int | None:
+    """Returns the chunk size that suits both, where None stands for no chunks."""
+    return min((size for size in (one, other) if size is not None), default=None)
 
 
 def wrt_of(

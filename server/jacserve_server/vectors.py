@@ -122,7 +122,8 @@ def _check_presence(query: Query, kind: Kind, count: int) -> None:
         return
     problem = f"{kind} were given, but no quantity takes them. Leave them out."
     if takers:
-        problem = f"{', '.join(takers)} needs {kind}. Pass {kind}=."
+        verb = "needs" if len(takers) == 1 else "need"
+        problem = f"{', '.join(takers)} {verb} {kind}. Pass {kind}=."
     raise ServiceError(
         "ARGUMENT_MISMATCH", problem, field=kind, quantities=", ".join(query.quantities)
     )
@@ -209,8 +210,9 @@ def _cotangents(
         if path not in ranks or path in [other for other, *_ in found]:
             raise ServiceError(
                 "ARGUMENT_MISMATCH",
-                f"{function.resource} has no result at {trees.format_path(path)}, or "
-                "it was given twice. Structure the cotangents as the result is.",
+                f"{function.resource} has no result at "
+                f"{trees.format_path(path) or 'the top'}, or its cotangent was given "
+                "twice. Structure the cotangents as the result is.",
                 field=f"cotangents[{place}].path",
                 function=function.resource,
             )

@@ -119,7 +119,7 @@ def _shaped_cotangents(point: Point, layout: Layout) -> list[jax.Array]:
         if path not in {leaf.path for leaf in leaves}:
             raise ServiceError(
                 "ARGUMENT_MISMATCH",
-                f"there is a cotangent at{trees.format_path(path)}, where "
+                f"there is a cotangent for {trees.format_path(path)}, where "
                 f"{point.resource} has no real or complex result. Leave it out.",
                 field=f"cotangents[{place}].path",
                 function=point.resource,
