@@ -102,14 +102,15 @@ def timed(call: Callable[[], Any]) -> float:
 def rounds(calls: Sequence[Callable[[], Any]], count: int = ROUNDS) -> np.ndarray:
     """Returns the milliseconds of each call in each round, [count, calls].
 
-    The order turns from round to round: whoever comes next to a call that leaves
-    the cache cold is not always the same.
+    Each round has an order of its own: whoever comes after a call that leaves the
+    cache cold must not always be the same.
     """
+    random = np.random.default_rng(0)
     for call in calls:
         call()
     times = np.zeros((count, len(calls)))
     for turn in range(count):
-        for place in np.roll(np.arange(len(calls)), turn).tolist():
+        for place in random.permutation(len(calls)).tolist():
             times[turn, place] = timed(calls[place])
     return times
 
