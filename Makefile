@@ -54,6 +54,10 @@ gallery: $(VENV)/.dev ## Runs the pages of examples/gallery, and draws their pic
 bench-sparse: $(VENV)/.dev ## Times sparse Jacobians beside dense ones and asdex
 	@$(BIN)/python benchmarks/sparse.py
 
+.PHONY: bench-latency
+bench-latency: $(VENV)/.dev ## Times small calls beside an empty one
+	@$(BIN)/python benchmarks/latency.py
+
 .PHONY: bench-fusion
 bench-fusion: $(VENV)/.dev ## Times several quantities at once beside each alone
 	@$(BIN)/python benchmarks/fusion.py

@@ -32,7 +32,9 @@ class Config(BaseSettings):
         max_message_bytes: The largest request, and the largest result.
         max_program_bytes: Device memory that one program may take, with arguments,
             results and intermediates; None for 3/4 of what there is.
-        cache_dir: Folder for what outlives the process: measured strategies.
+        cache_dir: Folder for what outlives the process: compiled programs, measured
+            strategies.
+        max_cache_bytes: Compiled programs kept in it; 0 keeps none.
         grace_s: Seconds that running calls get to finish at shutdown.
         log_level: How much is logged: "debug", "info", "warning" or "error".
     """
@@ -54,6 +56,7 @@ class Config(BaseSettings):
     cache_dir: Path = Field(
         default_factory=lambda: platformdirs.user_cache_path("jacserve") / "1"
     )
+    max_cache_bytes: int = Field(default=2**30, ge=0)
     grace_s: float = Field(default=30.0, ge=0)
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
 

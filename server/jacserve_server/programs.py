@@ -34,6 +34,7 @@ _CHUNK_SIZES = (512, 64, 8, 1)
 # Well under what it takes to hand work to a thread and to wait for it.
 _BRIEF_S = 50e-6
 _TIMED_RUNS = 20
+_MOST_OPERATIONS = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,13 +236,24 @@ def _compiled(
         is_brief=False,
         _executable=executable,
     )
-    steady = device.platform == "cpu" and has_steady_cost(traced.jaxpr)
+    steady = (
+        device.platform == "cpu"
+        and has_steady_cost(traced.jaxpr)
+        and _is_small(executable)
+    )
     analysis = executable.memory_analysis()
     if analysis is None:
         return _Compiled(program, 0, 0, steady)
     temporary = analysis.temp_size_in_bytes
     fixed = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
     return _Compiled(program, fixed + temporary, temporary, steady)
+
+
+def _is_small(executable: Any) -> bool:
+    """Tells whether a program is worth timing at all, from XLA's own estimate."""
+    cost = executable.cost_analysis() or {}
+    operations = cost.get("flops", 0.0) + 20 * cost.get("transcendentals", 0.0)
+    return operations < _MOST_OPERATIONS
 
 
 def _timed(program: Program) -> Program:
@@ -264,8 +276,8 @@ def _timed(program: Program) -> Program:
         start = time.perf_counter()
         program.run(inputs)
         fastest = min(fastest, time.perf_counter() - start)
-        # The first runs are slow.
-        if turn >= 2 and fastest > 4 * _BRIEF_S:
+        # The first runs are slow, but not a hundred times as slow.
+        if fastest > (4 if turn >= 2 else 100) * _BRIEF_S:
             break
     return replace(program, is_brief=fastest < _BRIEF_S)
 

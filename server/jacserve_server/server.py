@@ -19,6 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
+from jacserve_server import compile_cache
 from jacserve_server.catalog import Catalog
 from jacserve_server.config import Config
 from jacserve_server.executor import Executor, find_device, memory_budget
@@ -161,6 +162,7 @@ async def serve_until_signal(
         AddressError: The address can't be listened on.
         DeviceError: The device is not there.
     """
+    compile_cache.enable(config.cache_dir, config.max_cache_bytes)
     server = Server(catalog, config)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -44,20 +44,24 @@ def structs(inputs: Sequence[InputSpec]) -> list[jax.ShapeDtypeStruct]:
 
 # Loops of any length, and calls of code that may do anything.
 _UNSTEADY = ("while", "callback", "ffi_call", "infeed", "outfeed")
+_LONGEST_SCAN = 100
 
 
 def has_steady_cost(jaxpr: Any) -> bool:
-    """Tells whether a traced function takes the same time whatever its inputs are.
+    """Tells whether a traced function takes the same, short time for all inputs.
 
     Args:
         jaxpr: What tracing it gave.
 
     Returns:
-        False where it loops until a condition holds, or calls back to Python.
+        False where it loops until a condition holds, or many times, or calls back to
+        Python.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     for equation in jaxpr.eqns:
         if any(word in equation.primitive.name for word in _UNSTEADY):
+            return False
+        if equation.params.get("length", 0) > _LONGEST_SCAN:
             return False
         for parameter in equation.params.values():
             each = parameter if isinstance(parameter, tuple | list) else (parameter,)

@@ -180,3 +180,19 @@ def test_an_idle_scheduler_drains_at_once() -> None:
         await make()[0].drain()
 
     run(scenario())
+
+
+def test_a_brief_program_runs_at_once_though_every_slot_is_taken() -> None:
+    async def scenario() -> None:
+        scheduler, executor = make()
+        long = asyncio.create_task(call(scheduler))
+        await settled()
+        brief = Work(
+            Computation("brief@1", ("value",), (), None, "matrix", ()), (), None
+        )
+        await scheduler.submit(brief)
+        assert executor.diary == ["started", "now"]
+        executor.gate.set()
+        await long
+
+    run(scenario())
