@@ -1,11 +1,14 @@
 """How batches of any size are served by few programs."""
 
+import cmath
 from collections.abc import Sequence
 
 import numpy as np
 
 from jacserve.tensors import Array
 from jacserve_server.work import Work
+
+_TRUE = np.array(True)
 
 
 def bucket_for(batch: int | None) -> int | None:
@@ -59,12 +62,20 @@ def finite_points(arrays: Sequence[Array], batch: int | None) -> Array:
     Returns:
         One flag for each row; a scalar for one point.
     """
+    if all(map(_is_finite, arrays)):
+        return _TRUE if batch is None else np.ones(batch, bool)
     rows = () if batch is None else (batch,)
     flags = np.ones(rows, bool)
     for array in arrays:
-        if array.dtype.kind in "iub":
-            continue
-        is_finite = np.isfinite(array)
-        if not is_finite.all():
-            flags &= is_finite.all(axis=tuple(range(len(rows), array.ndim)))
+        flags &= np.isfinite(array).all(axis=tuple(range(len(rows), array.ndim)))
     return flags
+
+
+def _is_finite(array: Array) -> bool:
+    if array.dtype.kind in "iub":
+        return True
+    # A sum is finite only if all terms are; where finite terms overflow it, the terms
+    # are looked at one by one.
+    with np.errstate(over="ignore", invalid="ignore"):
+        total: complex = np.add.reduce(array, axis=None)
+    return cmath.isfinite(total) or bool(np.isfinite(array).all())

@@ -250,7 +250,8 @@ def encode_outcome(outcome: Outcome, query: Query) -> pb.Result:
 
 
 def _set_duration(duration: Duration, seconds: float) -> None:
-    duration.seconds, duration.nanos = int(seconds), int(seconds % 1 * 1e9)
+    if seconds:
+        duration.seconds, duration.nanos = int(seconds), int(seconds % 1 * 1e9)
 
 
 def encode_function(
