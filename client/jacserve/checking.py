@@ -156,6 +156,23 @@ class _NotComparableError(Exception):
     """There is nothing to compare; the text says why."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Difference:
+    """A derivative in a direction, by differences.
+
+    Attributes:
+        slope: The derivative, [m].
+        doubt: How far each number of it may be off.
+        size: The size of what was differentiated over that of x.
+        rows: What each number belongs to, in words.
+    """
+
+    slope: Array
+    doubt: Array
+    size: float
+    rows: Sequence[str]
+
+
 class _Checker:
     """Compares the derivatives of one function in one dtype."""
 
@@ -212,84 +229,98 @@ class _Checker:
             slope, doubt = yield from self._slope(point, direction, "value")
         except _NotComparableError as reason:
             return [self._unknown("jacobian", str(reason))]
-        n = sum(point[name].size for name in wrt)
-        f = np.abs(_flat(value.value))
-        size = float(np.max(f, initial=0.0)) / _scale(point)
-        flat = _join([direction[name] for name in wrt])
-        options: dict[str, Any] = {"wrt": wrt}
+        f = _flat(value.value)
+        along = _Difference(slope, doubt, _largest(f) / _scale(point), _rows(value))
         found: list[Check] = []
-
-        def add(derivative: str, problem: str) -> None:
-            found.append(self._unknown(derivative, problem))
-
         for mode in self._function.modes:
-            label = f"jacobian ({mode})"
-            try:
-                if slope.size * n > _MOST_ENTRIES:
-                    raise _NotComparableError(f"it has {slope.size} x {n} entries")
-                result = yield from self._evaluated(
-                    point, ("jacobian",), {**options, "mode": mode}
-                )
-            except _NotComparableError as reason:
-                add(label, str(reason))
-                continue
-            check = self._compared(
-                label, result.jacobian @ flat, slope, doubt, size, _rows(value)
-            )
-            if not check.ok and n <= _MOST_COLUMNS:
-                check = yield from self._located(
-                    check, result.jacobian, point, wrt, _rows(value)
-                )
+            check = yield from self._jacobian(mode, point, direction, along)
             found.append(check)
-        u = random_array(self._random, slope.shape, _flat(value.value).dtype.name)
-        for quantity, vector, expected, its_doubt, its_size, rows in (
-            ("jvp", {"tangents": flat}, slope, doubt, size, _rows(value)),
-            (
-                "vjp",
-                {"cotangents": u},
-                (u @ slope)[None],
-                (abs(u) @ doubt)[None],
-                float(abs(u) @ f) / _scale(point),
-                ["the product with v"],
-            ),
-        ):
-            direction_of: Direction = "forward" if quantity == "jvp" else "reverse"
-            if direction_of not in self._function.modes:
-                continue
-            try:
-                result = yield from self._evaluated(
-                    point, (cast("Quantity", quantity),), {**options, **vector}
-                )
-            except _NotComparableError as reason:
-                add(quantity, str(reason))
-                continue
-            product = result.jvp if quantity == "jvp" else (result.vjp @ flat)[None]
-            found.append(
-                self._compared(quantity, product, expected, its_doubt, its_size, rows)
-            )
+        if "forward" in self._function.modes:
+            found.append((yield from self._jvp(point, direction, along)))
+        if "reverse" in self._function.modes:
+            found.append((yield from self._vjp(point, direction, along, f)))
         if slope.size == 1 and self._dtype.startswith("float"):
-            found.extend((yield from self._curvature(point, direction, flat, options)))
+            found.extend((yield from self._curvature(point, direction)))
         return found
 
-    def _curvature(
+    def _jacobian(
+        self,
+        mode: Direction,
+        point: Mapping[str, Array],
+        direction: Mapping[str, Array],
+        along: "_Difference",
+    ) -> Generator[Ask, Answer, Check]:
+        """Compares J v, and looks for the entry of J that is off."""
+        label, flat = f"jacobian ({mode})", _join(list(direction.values()))
+        try:
+            if along.slope.size * flat.size > _MOST_ENTRIES:
+                shape = format_shape((along.slope.size, flat.size))
+                raise _NotComparableError(f"it is {shape}, too large to ask for")
+            options = {"wrt": list(direction), "mode": mode}
+            result = yield from self._evaluated(point, ("jacobian",), options)
+        except _NotComparableError as reason:
+            return self._unknown(label, str(reason))
+        check = self._compared(label, result.jacobian @ flat, along)
+        if check.ok or flat.size > _MOST_COLUMNS:
+            return check
+        wrt = list(direction)
+        return (
+            yield from self._located(check, result.jacobian, point, wrt, along.rows)
+        )
+
+    def _jvp(
         self,
         point: Mapping[str, Array],
         direction: Mapping[str, Array],
-        flat: Array,
-        options: Mapping[str, Any],
+        along: "_Difference",
+    ) -> Generator[Ask, Answer, Check]:
+        options = {"wrt": list(direction), "tangents": _join(list(direction.values()))}
+        try:
+            result = yield from self._evaluated(point, ("jvp",), options)
+        except _NotComparableError as reason:
+            return self._unknown("jvp", str(reason))
+        return self._compared("jvp", result.jvp, along)
+
+    def _vjp(
+        self,
+        point: Mapping[str, Array],
+        direction: Mapping[str, Array],
+        along: "_Difference",
+        f: Array,
+    ) -> Generator[Ask, Answer, Check]:
+        """Compares (u^T J) v with u^T (J v)."""
+        u = random_array(self._random, f.shape, f.dtype.name)
+        try:
+            options = {"wrt": list(direction), "cotangents": u}
+            result = yield from self._evaluated(point, ("vjp",), options)
+        except _NotComparableError as reason:
+            return self._unknown("vjp", str(reason))
+        product = result.vjp @ _join(list(direction.values()))
+        expected = _Difference(
+            (u @ along.slope)[None],
+            (abs(u) @ along.doubt)[None],
+            float(abs(u) @ abs(f)) / _scale(point),
+            ["the product with v"],
+        )
+        return self._compared("vjp", product[None], expected)
+
+    def _curvature(
+        self, point: Mapping[str, Array], direction: Mapping[str, Array]
     ) -> Generator[Ask, Answer, list[Check]]:
         """Compares H v with differences of the gradient."""
+        options: dict[str, Any] = {"wrt": list(direction)}
+        tangents = _join(list(direction.values()))
         try:
             result = yield from self._evaluated(
-                point, ("hvp",), {**options, "tangents": flat}
+                point, ("hvp",), {**options, "tangents": tangents}
             )
+            gradient = yield from self._evaluated(point, ("gradient",), options)
             slope, doubt = yield from self._slope(point, direction, "gradient")
         except _NotComparableError:
             return []  # Not everything can be differentiated twice.
-        columns = _places(point, list(direction))
-        gradient = yield from self._evaluated(point, ("gradient",), options)
-        size = float(np.max(np.abs(gradient.gradient), initial=0.0)) / _scale(point)
-        return [self._compared("hvp", result.hvp, slope, doubt, size, columns)]
+        size = _largest(gradient.gradient) / _scale(point)
+        along = _Difference(slope, doubt, size, _places(point, list(direction)))
+        return [self._compared("hvp", result.hvp, along)]
 
     def _evaluated(
         self,
@@ -366,24 +397,15 @@ class _Checker:
             detail,
         )
 
-    def _compared(
-        self,
-        derivative: str,
-        product: Array,
-        slope: Array,
-        doubt: Array,
-        size: float,
-        rows: Sequence[str],
-    ) -> Check:
-        """Compares a product with the derivative in the same direction.
-
-        `size` is that of f over that of x. A derivative far smaller is the difference
-        of numbers of this size, and as uncertain as their rounding.
-        """
+    def _compared(self, derivative: str, product: Array, along: "_Difference") -> Check:
+        """Compares a product with the derivative in the same direction."""
+        slope, doubt = along.slope, along.doubt
         scale = max(
-            float(np.max(np.abs(slope), initial=0.0)),
-            float(np.max(np.abs(product), initial=0.0)),
-            size * self._eps ** (1 / 3),
+            _largest(slope),
+            _largest(product),
+            # A derivative far smaller than f is a difference of numbers of f's size,
+            # and as uncertain as their rounding.
+            along.size * self._eps ** (1 / 3),
             self._eps,
         )
         is_known = np.isfinite(slope) & (doubt <= _DOUBT * scale)
@@ -397,7 +419,9 @@ class _Checker:
         if not off.size:
             return self._check(derivative, 0.0, "")
         row = int(np.argmax(off))
-        detail = f"at {rows[row]}: {product[row]:.6g}, by differences {slope[row]:.6g}"
+        detail = (
+            f"at {along.rows[row]}: {product[row]:.6g}, by differences {slope[row]:.6g}"
+        )
         return self._check(derivative, float(off[row]), detail)
 
     def _check(self, derivative: str, error: float, detail: str) -> Check:
@@ -443,9 +467,13 @@ def ridders(up: Array, down: Array, steps: Array) -> tuple[Array, Array]:
     return best, doubt
 
 
+def _largest(array: Array) -> float:
+    return float(np.max(np.abs(array), initial=0.0))
+
+
 def _scale(point: Mapping[str, Array]) -> float:
     """Returns the size of the largest number of a point, or 1."""
-    return max(1.0, *(float(np.max(abs(x), initial=0)) for x in point.values()))
+    return max(1.0, *map(_largest, point.values()))
 
 
 def _moved(array: Array, direction: Array, offsets: Array) -> Array:
