@@ -6,13 +6,20 @@ Needs the extra: `pip install "jacserve[server]"`.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jacserve_server.registry import RegistrationError, Registry
+from jacserve_server.registry import RegistrationError, Registry, WarmUp
 
 if TYPE_CHECKING:
     from jacserve_server.config import Config
     from jacserve_server.server import RunningServer, serving
 
-__all__ = ["Config", "RegistrationError", "Registry", "RunningServer", "serving"]
+__all__ = [
+    "Config",
+    "RegistrationError",
+    "Registry",
+    "RunningServer",
+    "WarmUp",
+    "serving",
+]
 
 _LAZY = {
     "Config": "jacserve_server.config",

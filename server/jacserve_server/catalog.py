@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jacserve_server.errors import ServiceError
+from jacserve_server.registry import WarmUp
 from jacserve_server.signature import FunctionSpec
 
 
@@ -17,11 +18,13 @@ class RegisteredFunction:
         spec: All that is known of it.
         call: The function, taking all arguments by position.
         batchable: Whether a batch may be vmapped.
+        warm_up: What to compile before a server is ready.
     """
 
     spec: FunctionSpec
     call: Callable[..., Any]
     batchable: bool
+    warm_up: tuple[WarmUp, ...] = ()
 
 
 class Catalog:
@@ -34,6 +37,11 @@ class Catalog:
         for function in ordered:
             self._functions[function.spec.qualified_name] = function
         self._newest = {function.spec.name: function for function in ordered}
+
+    @property
+    def functions(self) -> list[RegisteredFunction]:
+        """All functions, ordered by name, then version."""
+        return list(self._functions.values())
 
     @property
     def specs(self) -> list[FunctionSpec]:

@@ -80,7 +80,12 @@ def serve(
         from jacserve_server.loading import load_registries
         from jacserve_server.registration import build_catalog
         from jacserve_server.registry import RegistrationError
-        from jacserve_server.server import AddressError, run, serve_until_signal
+        from jacserve_server.server import (
+            AddressError,
+            WarmUpError,
+            run,
+            serve_until_signal,
+        )
     settings = _settings(config, host=host, port=port, device=device)
     for name in os.environ:
         setting = name.removeprefix("JACSERVE_").lower()
@@ -105,7 +110,7 @@ def serve(
 
     try:
         is_drained = run(serve_until_signal(catalog, settings, announce))
-    except (AddressError, DeviceError) as error:
+    except (AddressError, DeviceError, WarmUpError) as error:
         _fail(str(error))
     print("Stopped." if is_drained else "Stopped while calls still ran.", flush=True)
     if not is_drained:

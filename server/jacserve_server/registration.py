@@ -20,6 +20,7 @@ from jacserve_server.annotations import (
     read_signature,
 )
 from jacserve_server.catalog import Catalog, RegisteredFunction
+from jacserve_server.errors import ServiceError
 from jacserve_server.registry import (
     Declaration,
     RegistrationError,
@@ -35,6 +36,7 @@ from jacserve_server.signature import (
 )
 from jacserve_server.tracing import abstract_results, mode_problem, x64
 from jacserve_server.transforms.point import FunctionError, Leaf, results
+from jacserve_server.warmup import first_work
 from jacserve_server.work import InputSpec
 
 
@@ -100,7 +102,14 @@ def _register(declaration: Declaration) -> RegisteredFunction:
         sizes=sizes,
         declared_sizes=declaration.sizes,
     )
-    return RegisteredFunction(spec, call, declaration.batchable)
+    for warm_up in declaration.warm_up:
+        try:
+            first_work(spec, warm_up)
+        except (ServiceError, DimensionError) as error:
+            raise _UnfitError(f"{warm_up} does not fit it: {error}") from error
+    return RegisteredFunction(
+        spec, call, declaration.batchable, tuple(declaration.warm_up)
+    )
 
 
 def _by_position(

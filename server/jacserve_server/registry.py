@@ -8,11 +8,11 @@ registers functions also runs without a server, and at the speed of its own impo
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
 
-from jacserve.vocabulary import MODE_OPTIONS, ModeOption
+from jacserve.vocabulary import MODE_OPTIONS, QUANTITIES, ModeOption, Quantity
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,6 +33,34 @@ class RegistrationError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class WarmUp:
+    """Calls that a function is made ready for before a server says that it is.
+
+    ```python
+    @registry.function(warm_up=[WarmUp({"n": 784}, batch=64, shared=("weights",))])
+    ```
+
+    Attributes:
+        sizes: Sizes of its symbolic dimensions; one that works where left out.
+        batch: The most points of a call; smaller batches are made ready afterwards.
+            None for single points alone.
+        shared: Arguments that all points of a batch share.
+        quantities: What will be asked for.
+        wrt: Arguments to differentiate with respect to; empty for all.
+        mode: How to differentiate.
+        dtype: The dtype of the inputs that accept it; None for the widest.
+    """
+
+    sizes: Mapping[str, int] = field(default_factory=dict[str, int])
+    batch: int | None = None
+    shared: Sequence[str] = ()
+    quantities: Sequence[Quantity] = ("value", "jacobian")
+    wrt: Sequence[str] = ()
+    mode: ModeOption = "auto"
+    dtype: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Declaration:
     """One function as it was declared.
 
@@ -45,6 +73,7 @@ class Declaration:
         batchable: Whether a batch may be vmapped; otherwise its rows run one after
             another, each at its own cost.
         sizes: Sizes to trace its symbolic dimensions at, at registration.
+        warm_up: What to compile before a server is ready.
     """
 
     function: Callable[..., Any]
@@ -54,6 +83,7 @@ class Declaration:
     max_batch: int | None = None
     batchable: bool = True
     sizes: Mapping[str, int] = field(default_factory=dict[str, int])
+    warm_up: Sequence[WarmUp] = ()
 
     @property
     def qualified_name(self) -> str:
@@ -111,6 +141,7 @@ class Registry:
         max_batch: int | None = None,
         batchable: bool = True,
         sizes: Mapping[str, int] | None = None,
+        warm_up: Sequence[WarmUp] = (),
     ) -> Callable[[F], F]: ...
 
     def function(
@@ -124,6 +155,7 @@ class Registry:
         max_batch: int | None = None,
         batchable: bool = True,
         sizes: Mapping[str, int] | None = None,
+        warm_up: Sequence[WarmUp] = (),
     ) -> F | Callable[[F], F]:
         """Registers a function; use it as a decorator, bare or with options.
 
@@ -141,6 +173,7 @@ class Registry:
                 in cost between points.
             sizes: Sizes of the symbolic dimensions for the trace at registration,
                 such as `{"n": 784}`, where small ones would not do.
+            warm_up: Calls to compile for before a server says that it is ready.
 
         Returns:
             The function itself, unchanged.
@@ -160,6 +193,7 @@ class Registry:
                     max_batch=max_batch,
                     batchable=batchable,
                     sizes={} if sizes is None else sizes,
+                    warm_up=tuple(warm_up),
                 )
             )
             return function
@@ -216,4 +250,13 @@ def _find_problem(declaration: Declaration) -> str | None:
         for symbol, size in sizes.items()
     ):
         return f'sizes is {sizes!r}. Pass whole numbers by name, such as {{"n": 784}}.'
+    if not all(isinstance(each, WarmUp) for each in declaration.warm_up):
+        return f"warm_up is {declaration.warm_up!r}. Pass a list of WarmUp(...)."
+    for each in declaration.warm_up:
+        unknown = [q for q in each.quantities if q not in QUANTITIES]
+        if unknown or each.mode not in (*MODE_OPTIONS,):
+            return (
+                f"{each} has the quantity or mode {', '.join(unknown) or each.mode}, "
+                "which does not exist. Check the spelling."
+            )
     return None

@@ -1,6 +1,7 @@
 """A running server: gRPC, health and reflection around the service."""
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
 from jacserve_server import compile_cache
 from jacserve_server.catalog import Catalog
 from jacserve_server.config import Config
+from jacserve_server.errors import ServiceError
 from jacserve_server.executor import Executor, find_device, memory_budget
 from jacserve_server.measurements import Measurements
 from jacserve_server.programs import Limits
@@ -29,8 +31,12 @@ from jacserve_server.registration import build_catalog
 from jacserve_server.registry import Registry
 from jacserve_server.scheduler import Scheduler
 from jacserve_server.service import JacobianService
+from jacserve_server.signature import FunctionSpec
+from jacserve_server.warmup import first_work, further_work
+from jacserve_server.work import Work
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["JacobianService"].full_name
 # What a message needs beside the arrays: names, shapes and timing.
@@ -39,6 +45,10 @@ _ENVELOPE_BYTES = 2**20
 
 class AddressError(Exception):
     """The server can't listen where it was told to; the text has the remedy."""
+
+
+class WarmUpError(Exception):
+    """A function can't be made ready; the text says why."""
 
 
 class Server:
@@ -75,6 +85,12 @@ class Server:
             max_queries=config.max_queries,
             max_bytes=config.max_queued_bytes,
         )
+        self._warming: asyncio.Task[None] | None = None
+        self._warm_ups = [
+            (function.spec, warm_up)
+            for function in catalog.functions
+            for warm_up in function.warm_up
+        ]
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         message_bytes = config.max_message_bytes + _ENVELOPE_BYTES
         self._server = grpc.aio.server(
@@ -100,13 +116,14 @@ class Server:
         )
 
     async def start(self) -> str:
-        """Opens the port and answers calls.
+        """Opens the port, answers calls, and warms up; healthy only after that.
 
         Returns:
             The address to call, such as "127.0.0.1:50051".
 
         Raises:
             AddressError: The address can't be listened on.
+            WarmUpError: A function can't be made ready.
         """
         host, port = self._config.host.strip("[]"), self._config.port
         address = f"[{host}]" if ":" in host else host
@@ -120,9 +137,37 @@ class Server:
                 "0 for a free one; --host takes an address of this machine."
             ) from error
         await self._server.start()
-        for name in ("", _SERVICE):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        try:
+            for function, warm_up in self._warm_ups:
+                await self._warm_up(function, first_work(function, warm_up))
+        except BaseException:  # It was cancelled, or can't be made ready.
+            await self._server.stop(None)
+            self._executor.close()
+            raise
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._warming = asyncio.create_task(self._warm_up_further())
         return f"{address}:{bound}"
+
+    async def _set_health(self, status: Any) -> None:
+        for name in ("", _SERVICE):
+            await self._health.set(name, status)
+
+    async def _warm_up(self, function: FunctionSpec, work: Work) -> None:
+        try:
+            await self._scheduler.submit(work)
+        except ServiceError as error:
+            raise WarmUpError(
+                f"{function.resource} can't be warmed up: {error.message}"
+            ) from error
+
+    async def _warm_up_further(self) -> None:
+        for function, warm_up in self._warm_ups:
+            for work in further_work(function, warm_up):
+                try:
+                    await self._warm_up(function, work)
+                except WarmUpError as error:
+                    _log.warning("%s", error)
 
     async def stop(self) -> bool:
         """Drains: not ready, running calls finish within the grace, then closed.
@@ -132,6 +177,8 @@ class Server:
             threads end with it, or with the process.
         """
         deadline = time.monotonic() + self._config.grace_s
+        if self._warming is not None:
+            self._warming.cancel()
         await self._health.enter_graceful_shutdown()
         try:
             async with asyncio.timeout(self._config.grace_s):
@@ -161,6 +208,7 @@ async def serve_until_signal(
     Raises:
         AddressError: The address can't be listened on.
         DeviceError: The device is not there.
+        WarmUpError: A function can't be made ready.
     """
     compile_cache.enable(config.cache_dir, config.max_cache_bytes)
     server = Server(catalog, config)
@@ -168,8 +216,14 @@ async def serve_until_signal(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    on_start(await server.start())
-    await stopping.wait()
+    starting = asyncio.create_task(server.start())
+    told = asyncio.create_task(stopping.wait())
+    await asyncio.wait({starting, told}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        starting.cancel()
+        return False  # What is being compiled can't be stopped.
+    on_start(await starting)
+    await told
     for number in (signal.SIGTERM, signal.SIGINT):
         # A second one ends the process at once, whatever its threads do.
         loop.add_signal_handler(number, os._exit, 128 + number)
@@ -241,6 +295,7 @@ def serving(*registries: Registry, **settings: Any) -> Generator[RunningServer]:
         RegistrationError: Functions can't be served.
         DeviceError: The device is not there.
         AddressError: The address can't be listened on.
+        WarmUpError: A function can't be made ready.
         pydantic.ValidationError: A setting has no valid value.
     """
     config = Config.load(**{"host": "127.0.0.1", "port": 0, "grace_s": 5.0, **settings})
