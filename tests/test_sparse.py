@@ -920,20 +920,37 @@ def energy(u: Float[Array, "n"]) -> Float[Array, ""]:
 """
 
 
-@pytest.fixture(scope="module")
-def without_asdex(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
-    """A server that finds an asdex which can't be imported, as if there were none."""
-    folder = tmp_path_factory.mktemp("functions")
+@contextmanager
+def server_with(asdex: str, folder: Path) -> Generator[str]:
+    """A server that finds another asdex than the installed one."""
     (folder / "functions.py").write_text(FILE)
-    shadow = tmp_path_factory.mktemp("shadow")
-    (shadow / "asdex.py").write_text(
-        'raise ModuleNotFoundError("No module named \'asdex\'", name="asdex")\n'
-    )
+    shadow = folder / "shadow"
+    shadow.mkdir()
+    (shadow / "asdex.py").write_text(asdex)
     paths = [str(shadow), *filter(None, [os.environ.get("PYTHONPATH")])]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
-        with server_process(folder / "functions.py") as process:
-            yield process.target
+        with server_process(folder / "functions.py") as server:
+            yield server.target
+
+
+@pytest.fixture(scope="module")
+def without_asdex(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
+    """A server that finds an asdex which can't be imported, as if there were none."""
+    raising = 'raise ModuleNotFoundError("No module named \'asdex\'", name="asdex")\n'
+    with server_with(raising, tmp_path_factory.mktemp("functions")) as target:
+        yield target
+
+
+def test_an_asdex_that_does_not_fit_says_so(tmp_path: Path) -> None:
+    raising = "from jax._src.core import ThatHasMoved\n"
+    with server_with(raising, tmp_path) as target:
+        with jacserve.Client(target, timeout_s=60.0) as client:
+            with pytest.raises(jacserve.PreconditionError) as caught:
+                client.jacobian("stencil", X, mode="sparse")
+            assert caught.value.reason == "NOT_INSTALLED"
+            assert "needs asdex, which does not fit JAX" in str(caught.value)
+            assert client.evaluate("stencil", X, layout="csr").mode == "forward"
 
 
 def test_without_asdex_all_else_works(without_asdex: str) -> None:

@@ -181,11 +181,13 @@ def _import_asdex() -> Any:
     try:
         import asdex
     except ImportError as error:
+        problem = f"needs {error.name}, which this server has not"
+        if not isinstance(error, ModuleNotFoundError):
+            problem = f"needs asdex, which does not fit JAX {jax.__version__} here"
         raise ServiceError(
             "NOT_INSTALLED",
-            f"sparse mode needs {error.name}, which this server has not. Install "
-            'jacserve[sparse] where it runs: pip install "jacserve[sparse]"; or use '
-            "mode auto, forward or reverse.",
+            f"sparse mode {problem}. Install jacserve[sparse] where it runs: pip "
+            'install "jacserve[sparse]"; or use mode auto, forward or reverse.',
             field="mode",
             mode="sparse",
         ) from error
