@@ -24,7 +24,7 @@ from jacserve.queries import (
     timeout_of,
 )
 from jacserve.results import Result, decode_result
-from jacserve.sparse import Pattern, PatternCache
+from jacserve.sparse import PatternCache
 from jacserve.tensors import Array
 from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
 from jacserve.vocabulary import Quantity
@@ -169,11 +169,7 @@ class AsyncClient:
             with translated(self._target):
                 answer = await self._stub.Evaluate(query, timeout=timeout)
         except PreconditionError as error:
-            if error.reason != "PATTERN_UNKNOWN":
-                raise
-            # The server has other functions than before: ask as if for the first time.
-            self._patterns.forget(query)
-            known = dict[str, Pattern]()
+            known = self._patterns.recover(query, error)
             with translated(self._target):
                 answer = await self._stub.Evaluate(query, timeout=timeout)
         result = decode_result(answer, query, known)

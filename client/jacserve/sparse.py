@@ -4,6 +4,7 @@ A pattern depends on a function and the shapes of its inputs alone, so it crosse
 wire once; from then on a client names its hash and gets values only.
 """
 
+import functools
 import hashlib
 import importlib.util
 import threading
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jacserve import tensors
+from jacserve.errors import PreconditionError
 from jacserve.tensors import Array
 from jacserve.v1 import jacobian_pb2 as pb
 
@@ -166,6 +168,7 @@ class SparseMatrix:
         return f"<SparseMatrix {self.dtype}{shape}, nnz={self.nnz}>"
 
 
+@functools.cache
 def has_scipy() -> bool:
     """Tells whether scipy is installed."""
     return importlib.util.find_spec("scipy") is not None
@@ -258,11 +261,29 @@ class PatternCache:
             while len(self._known) > self._CAPACITY:
                 self._known.popitem(last=False)
 
-    def forget(self, query: pb.Query) -> None:
-        """Forgets what a query's like had before, and names nothing in it."""
+    def recover(
+        self, query: pb.Query, error: PreconditionError
+    ) -> Mapping[str, Pattern]:
+        """Prepares a query to be asked again as if for the first time.
+
+        The server has another function than before under this name.
+
+        Args:
+            query: A query that named patterns.
+            error: How it failed.
+
+        Returns:
+            The patterns that it names now: none.
+
+        Raises:
+            PreconditionError: It failed for another reason; the error itself.
+        """
+        if error.reason != "PATTERN_UNKNOWN":
+            raise error
         with self._lock:
             self._known.pop(_signature(query), None)
         del query.patterns[:]
+        return {}
 
 
 def _signature(query: pb.Query) -> Any:
