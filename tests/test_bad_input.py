@@ -17,6 +17,7 @@ from jacserve import tensors
 from jacserve.errors import translated
 from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
 from jacserve_server import Registry, RunningServer, serving
+from raw_calls import sender
 
 registry = Registry()
 X = np.array([1.0, 2.0, 3.0])
@@ -105,15 +106,7 @@ def client(running: RunningServer) -> Generator[jacserve.Client]:
 
 @pytest.fixture
 def send(running: RunningServer) -> Generator[Callable[[pb.Query], pb.Result]]:
-    import grpc
-
-    with grpc.insecure_channel(running.target) as channel:
-        stub = pb_grpc.JacobianServiceStub(channel)
-
-        def call(query: pb.Query) -> pb.Result:
-            with translated(running.target):
-                return stub.Evaluate(query)
-
+    with sender(running.target) as call:
         yield call
 
 

@@ -7,7 +7,6 @@ after each, the server answers the next call as if nothing had happened.
 from collections.abc import Callable, Generator
 from typing import Any
 
-import grpc
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,9 +15,9 @@ from jaxtyping import Array, Complex, Float, Int
 
 import jacserve
 from jacserve import tensors
-from jacserve.errors import translated
-from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
+from jacserve.v1 import jacobian_pb2 as pb
 from jacserve_server import Registry, RunningServer, serving
+from raw_calls import sender
 
 registry = Registry()
 X = np.array([1.0, 2.0, 3.0])
@@ -104,13 +103,7 @@ def client(running: RunningServer) -> Generator[jacserve.Client]:
 
 @pytest.fixture
 def send(running: RunningServer) -> Generator[Callable[[pb.Query], pb.Result]]:
-    with grpc.insecure_channel(running.target) as channel:
-        stub = pb_grpc.JacobianServiceStub(channel)
-
-        def call(query: pb.Query) -> pb.Result:
-            with translated(running.target):
-                return stub.Evaluate(query)
-
+    with sender(running.target) as call:
         yield call
 
 

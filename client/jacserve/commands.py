@@ -157,7 +157,7 @@ def _print_sparsity(sparsity: Sparsity, console: Console) -> None:
     console.print(f"\n[bold]sparsity[/bold] at {escape(sparsity.inputs)}")
     console.print(
         f"  {m} x {n}, {pattern.nnz} entries ({share:.2%}), {sparsity.color_count} "
-        f"products ({sparsity.mode.replace('_', ' ')})"
+        f"colours, each a product ({sparsity.mode.replace('_', ' ')})"
     )
     lines = pictures.text_blocks(pattern)
     width = len(lines[0])

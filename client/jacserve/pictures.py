@@ -72,7 +72,7 @@ def draw(sparsity: Sparsity, title: str, path: Path) -> None:
     axes.set_xlabel("variable j")
     axes.set_ylabel("result i")
     figure.suptitle(title, fontsize=12)
-    entries = f"{pattern.nnz:,} of {m * n:,} entries, {sparsity.color_count} products"
+    entries = f"{pattern.nnz:,} of {m * n:,} entries, {sparsity.color_count} colours"
     axes.set_title(entries, fontsize=9, color="0.35")
     try:
         figure.savefig(path)

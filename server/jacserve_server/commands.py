@@ -48,6 +48,13 @@ Sizes = Annotated[
     ),
 ]
 
+DeviceName = Annotated[
+    str | None, typer.Option(help="auto, cpu, gpu or gpu:N.", show_default="auto")
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option(help="TOML file of settings.", show_default="none")
+]
+
 
 def serve(
     targets: Targets = None,
@@ -59,14 +66,8 @@ def serve(
         int | None,
         typer.Option(help="TCP port; 0 takes a free one.", show_default="50051"),
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="auto, cpu, gpu or gpu:N.", show_default="auto"),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(help="TOML file of settings.", show_default="none"),
-    ] = None,
+    device: DeviceName = None,
+    config: ConfigFile = None,
 ) -> None:
     """Serve the functions of files and modules, until SIGTERM or Ctrl-C.
 
@@ -215,21 +216,16 @@ def tune(
             show_default="float32 and float64, where they are accepted",
         ),
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="auto, cpu, gpu or gpu:N.", show_default="auto"),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(help="TOML file of settings.", show_default="none"),
-    ] = None,
+    device: DeviceName = None,
+    config: ConfigFile = None,
 ) -> None:
     """Measure the fastest way to each Jacobian, and keep it for servers to use.
 
     Forward, reverse and sparse mode, all at once and in chunks, are timed in turn.
     What is found is kept in the cache_dir of the settings; servers that start later
     take it where a call leaves the mode open, for inputs of the same shapes and
-    dtypes. Example: jacserve tune functions.py --size n=1000
+    dtypes. Ends with status 1 where a function could not be measured. Example:
+    jacserve tune functions.py --size n=1000
     """
     with _needing_server():
         from jacserve_server.errors import ServiceError
@@ -251,14 +247,15 @@ def tune(
         program_bytes=settings.max_program_bytes or memory_budget(found_device),
     )
     rows = [batch or None for batch in batches or (0, 64)]
-    measured = []
-    for function in chosen or [catalog.find(s.qualified_name) for s in catalog.specs]:
+    measured, is_complete = [], True
+    for function in chosen or catalog.functions:
         try:
             keys = keys_to_measure(function.spec, _sizes(sizes), dtypes, rows)
             for key in keys:
                 measured.append(measure(function, key, found_device, limits))
                 _print_measurement(measured[-1])
         except (ServiceError, ValueError) as error:
+            is_complete = False
             print(f"jacserve: {function.spec.qualified_name}: {error}", file=sys.stderr)
     try:
         earlier = Measurements.load(settings.cache_dir)
@@ -266,6 +263,7 @@ def tune(
     except OSError as error:
         _fail(f"{settings.cache_dir} can't be written: {error.strerror}")
     print(f"Kept in {path}. Servers that start from now on use it.")
+    raise typer.Exit(int(not is_complete))
 
 
 def _print_measurement(measurement: "Measurement") -> None:

@@ -136,8 +136,9 @@ class Server:
                 f"can't listen on {address}:{port}: {reason}. Pass another --port, or "
                 "0 for a free one; --host takes an address of this machine."
             ) from error
-        await self._server.start()
+        # Before it can be asked: by itself it would say SERVING.
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._server.start()
         try:
             for function, warm_up in self._warm_ups:
                 await self._warm_up(function, first_work(function, warm_up))

@@ -14,6 +14,7 @@ from jacserve.tensors import Array
 from jacserve.vocabulary import DIRECTIONS, Direction, Layout
 from jacserve_server.batches import bucket_for
 from jacserve_server.catalog import RegisteredFunction
+from jacserve_server.diagnosis import trace_error
 from jacserve_server.errors import ServiceError
 from jacserve_server.measurements import Measurement, Timing, describe_input
 from jacserve_server.programs import Device, Limits, Program, compile_program
@@ -21,7 +22,7 @@ from jacserve_server.signature import FunctionSpec
 from jacserve_server.sparsity import ColoredPattern, Kind, find_sparsity
 from jacserve_server.strategies import Decision, decide, wrt_of
 from jacserve_server.tracing import abstract_results
-from jacserve_server.transforms.point import is_inexact
+from jacserve_server.transforms.point import FunctionError, is_inexact
 from jacserve_server.work import (
     Computation,
     InputSpec,
@@ -107,12 +108,16 @@ def measure(
         clearly faster.
 
     Raises:
-        ServiceError: There is no way that can be compiled and run.
+        ServiceError: The function can't be traced for these shapes, or there is no way
+            that can be compiled and run.
     """
     computation, bucket = key.computation, key.bucket
     points = tuple(replace(spec, is_batched=False) for spec in computation.inputs)
     sought = SparsityKey(computation.function, points, computation.wrt, "jacobian")
-    leaves = abstract_results(function.call, points)
+    try:
+        leaves = abstract_results(function.call, points)
+    except FunctionError as error:
+        raise trace_error(function, error) from error
     rule = decide(function, key, (), lambda: leaves, _no_pattern).strategy
     products: dict[Direction, int] = {
         "forward": sum(

@@ -65,7 +65,7 @@ def jacserve(target: str, tmp_path: Path):
 def test_describe_sparsity(jacserve, tmp_path: Path) -> None:
     options = ("--sparsity", "--size", "n=12", "--hessian", "--picture", "h.png")
     shown = jacserve("describe", "rosenbrock", *options).stdout
-    assert "12 x 12, 34 entries (23.61%), 3 products (forward over reverse)" in shown
+    assert "12 x 12, 34 entries (23.61%), 3 colours" in shown
     assert "sparsity at x: float32[12]" in shown
     picture = [line.strip() for line in shown.splitlines() if "│" in line]
     assert picture[0] == "│██▄         │"

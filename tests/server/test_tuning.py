@@ -177,3 +177,31 @@ def test_the_command_measures_and_keeps(tmp_path: Path) -> None:
     [entry] = json.loads((tmp_path / "strategies.json").read_text())
     assert entry["inputs"] == ["float64[40]"]
     assert {"forward", "reverse"} <= {timing["mode"] for timing in entry["timings"]}
+
+
+def test_the_command_says_which_function_could_not_be_measured(tmp_path: Path) -> None:
+    file = tmp_path / "picky.py"
+    file.write_text("""
+from jaxtyping import Array, Float
+from jacserve_server import Registry
+
+registry = Registry()
+
+@registry.function
+def picky(x: Float[Array, "n"]) -> Float[Array, "n"]:
+    if x.size == 4:
+        raise RuntimeError("the moon is full")
+    return x
+""")
+    done = subprocess.run(
+        [sys.executable, "-m", "jacserve", "tune", file, "--size", "n=4"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "JACSERVE_CACHE_DIR": str(tmp_path / "cache")},
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "picky@1: functions/picky can't be traced" in done.stderr
+    assert "the moon is full" in done.stderr
+    assert "Traceback" not in done.stderr
