@@ -35,6 +35,8 @@ Reason = Literal[
     "SPARSITY_UNSUPPORTED",
     "NOT_INSTALLED",
     "PATTERN_UNKNOWN",
+    "STREAM_REQUIRED",
+    "STREAM_BROKEN",
 ]
 CODES: Mapping[Reason, int] = MappingProxyType(
     {
@@ -59,6 +61,8 @@ CODES: Mapping[Reason, int] = MappingProxyType(
         "SPARSITY_UNSUPPORTED": code_pb2.INVALID_ARGUMENT,
         "NOT_INSTALLED": code_pb2.FAILED_PRECONDITION,
         "PATTERN_UNKNOWN": code_pb2.FAILED_PRECONDITION,
+        "STREAM_REQUIRED": code_pb2.FAILED_PRECONDITION,
+        "STREAM_BROKEN": code_pb2.INVALID_ARGUMENT,
     }
 )
 

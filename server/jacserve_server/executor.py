@@ -20,6 +20,7 @@ from jacserve_server.programs import (
     Program,
     check_result_size,
     compile_program,
+    device_name,
 )
 from jacserve_server.single_flight import SingleFlight
 from jacserve_server.sparsity import (
@@ -73,11 +74,6 @@ def find_device(name: str) -> Device:
             f"device {name} is not there; JAX found {found}. Pass one of these, or "
             "auto."
         ) from error
-
-
-def device_name(device: Device) -> str:
-    """Returns a device's name, such as "cpu:0"."""
-    return f"{device.platform}:{device.id}"
 
 
 def memory_budget(device: Device) -> int:
@@ -137,7 +133,6 @@ class Executor:
         self._measured = measured
         self._find = find
         self._device = device
-        self._device_name = device_name(device)
         self._limits = limits
         self._device_threads = ThreadPoolExecutor(threads, "device")
         self._compile_threads = ThreadPoolExecutor(compile_threads, "compile")
@@ -195,6 +190,10 @@ class Executor:
             self._compile_threads, _contained, self._sparsity, sought
         )
         return found.sparsity
+
+    def result_bytes(self, program: Program, work: Work) -> int:
+        """Returns the bytes of the result's arrays."""
+        return program.row_bytes * (1 if work.batch is None else work.batch)
 
     def is_brief(self, program: Program) -> bool:
         """Whether a program takes less time than handing it to a thread."""
@@ -269,16 +268,8 @@ class Executor:
         if work.batch is not None:
             arrays = [array[: work.batch] for array in arrays]
         return Outcome(
-            function=computation.function,
-            outputs=tuple(
-                (quantity, path, array)
-                for (quantity, path), array in zip(program.outline, arrays, strict=True)
-            ),
+            outline=program.outline,
+            arrays=tuple(arrays),
             finite=finite_points(arrays, work.batch),
-            modes=program.modes,
-            patterns=program.patterns,
-            strategy=program.strategy,
-            bucket=bucket,
-            device=self._device_name,
             execute_s=time.monotonic() - start,
         )

@@ -159,9 +159,9 @@ def pattern_bytes(pattern: Pattern, layout: str) -> int:
 
 def result_bytes(outcome: Outcome, query: Query) -> int:
     """Returns what an answer takes on the wire, names and lengths aside."""
-    return sum(array.nbytes for _, _, array in outcome.outputs) + sum(
+    return sum(array.nbytes for array in outcome.arrays) + sum(
         pattern_bytes(pattern, query.layout)
-        for pattern in outcome.patterns.values()
+        for pattern in outcome.outline.patterns.values()
         if pattern.hash not in query.patterns
     )
 
@@ -220,31 +220,33 @@ def encode_outcome(outcome: Outcome, query: Query) -> pb.Result:
     Returns:
         The message.
     """
+    outline = outcome.outline
     result = pb.Result(
-        function=f"functions/{outcome.function}",
+        function=f"functions/{outline.function}",
         finite=bool(outcome.finite.all()),
-        device=outcome.device,
-        bucket=outcome.bucket,
-        chunk_size=outcome.strategy.chunk_size or 0,
-        measured=outcome.strategy.is_measured,
+        device=outline.device,
+        bucket=outline.bucket,
+        chunk_size=outline.strategy.chunk_size or 0,
+        measured=outline.strategy.is_measured,
+        coalesced_count=outcome.coalesced_count,
     )
     _set_duration(result.timing.queue_duration, outcome.queue_s)
     _set_duration(result.timing.compile_duration, outcome.compile_s)
     _set_duration(result.timing.execute_duration, outcome.execute_s)
-    for pattern in outcome.patterns.values():
+    for pattern in outline.patterns.values():
         if pattern.hash not in query.patterns:
             encoded = sparse.encode_pattern(pattern, query.layout)
             result.patterns.append(encoded)
     # In place: a message made beforehand would be copied, bytes and all.
     for asked in query.quantities:
-        for quantity, path, array in outcome.outputs:
+        for (quantity, path), array in zip(outline.arrays, outcome.arrays, strict=True):
             if quantity == asked:
                 output = result.outputs.add(quantity=QUANTITIES[quantity])
                 output.path.extend(trees.encode_path(path))
-                if quantity in outcome.modes:
-                    output.mode = MODES[outcome.modes[quantity]]
-                if quantity in outcome.patterns:
-                    output.pattern = outcome.patterns[quantity].hash
+                if quantity in outline.modes:
+                    output.mode = MODES[outline.modes[quantity]]
+                if quantity in outline.patterns:
+                    output.pattern = outline.patterns[quantity].hash
                 tensors.encode_into(output.tensor, array)
     return result
 

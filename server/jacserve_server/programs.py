@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -24,7 +24,7 @@ from jacserve_server.strategies import Decision, wrt_of
 from jacserve_server.tracing import has_steady_cost, has_x64, x64
 from jacserve_server.transforms import COMPUTE
 from jacserve_server.transforms.point import Compressed, Point
-from jacserve_server.work import Computation, ProgramKey, Strategy
+from jacserve_server.work import Computation, Outline, ProgramKey, Strategy
 
 # Type checkers see a variable in what is a class.
 Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]
@@ -35,6 +35,11 @@ _CHUNK_SIZES = (512, 64, 8, 1)
 _BRIEF_S = 50e-6
 _TIMED_RUNS = 20
 _MOST_OPERATIONS = 1e6
+
+
+def device_name(device: Device) -> str:
+    """Returns a device's name, such as "cpu:0"."""
+    return f"{device.platform}:{device.id}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +62,7 @@ class Program:
 
     Attributes:
         key: What it computes.
-        strategy: How it differentiates.
-        modes: How each derivative is made.
-        patterns: Where the values of its sparse arrays stand.
-        outline: Quantity and path of each of its arrays.
+        outline: What its results are.
         row_bytes: Bytes of one point's result.
         has_x64: Whether it was traced with 64-bit types.
         is_brief: Whether it was measured to take less time than handing it to a
@@ -68,10 +70,7 @@ class Program:
     """
 
     key: ProgramKey
-    strategy: Strategy
-    modes: Mapping[Quantity, Mode]
-    patterns: Mapping[Quantity, Pattern]
-    outline: tuple[tuple[Quantity, Path], ...]
+    outline: Outline
     row_bytes: int
     has_x64: bool
     is_brief: bool
@@ -227,10 +226,15 @@ def _compiled(
     }
     program = Program(
         key=key,
-        strategy=decision.strategy,
-        modes=_modes(computation, decision.strategy),
-        patterns=patterns,
-        outline=tuple(outline),
+        outline=Outline(
+            function=computation.function,
+            arrays=tuple(outline),
+            modes=_modes(computation, decision.strategy),
+            patterns=patterns,
+            strategy=decision.strategy,
+            bucket=key.bucket,
+            device=device_name(device),
+        ),
         row_bytes=row_bytes,
         has_x64=has_x64(computation.inputs),
         is_brief=False,

@@ -36,6 +36,10 @@ class Executor(Protocol[P]):
         """Finds a sparsity pattern."""
         ...
 
+    def result_bytes(self, program: P, work: Work) -> int:
+        """Returns the bytes of the result, as far as they are known before."""
+        ...
+
     def is_brief(self, program: P) -> bool:
         """Whether a program takes less time than handing it to a thread."""
         ...
@@ -75,11 +79,12 @@ class Scheduler(Generic[P]):
         self._idle.set()
 
     @contextmanager
-    def admitted(self, size_bytes: int) -> Generator[None]:
+    def admitted(self, size_bytes: int, client: str = "") -> Generator[None]:
         """Counts a query as in flight, from its arrival to its answer.
 
         Args:
             size_bytes: The size of its request.
+            client: Who asks.
 
         Raises:
             ServiceError: Too much is in flight, or the server is shutting down.
@@ -95,11 +100,15 @@ class Scheduler(Generic[P]):
             self._bytes -= size_bytes
             self._check_idle()
 
-    async def submit(self, work: Work) -> Outcome:
+    async def submit(
+        self, work: Work, *, client: str = "", max_result_bytes: int | None = None
+    ) -> Outcome:
         """Executes work when its turn comes.
 
         Args:
             work: What to run.
+            client: Who asks.
+            max_result_bytes: The most that its caller can take; None for any size.
 
         Returns:
             What came of it, with the seconds it waited.
@@ -113,6 +122,8 @@ class Scheduler(Generic[P]):
         if program is None:
             program = await self._executor.prepare(key)
             compile_s = time.monotonic() - start
+        if max_result_bytes is not None:
+            _check_fits(self._executor.result_bytes(program, work), max_result_bytes)
         if self._executor.is_brief(program):
             outcome = self._executor.run_now(program, work)
             return replace(outcome, compile_s=compile_s) if compile_s else outcome
@@ -177,3 +188,14 @@ class Scheduler(Generic[P]):
                 bytes=self._bytes,
                 max_bytes=self._max_bytes,
             )
+
+
+def _check_fits(result_bytes: int, max_result_bytes: int) -> None:
+    if result_bytes > max_result_bytes:
+        raise ServiceError(
+            "STREAM_REQUIRED",
+            f"the answer would take {result_bytes} bytes, and in one message at most "
+            f"{max_result_bytes} are sent. Ask by EvaluateStream.",
+            result_bytes=result_bytes,
+            max_result_bytes=max_result_bytes,
+        )

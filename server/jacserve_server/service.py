@@ -134,7 +134,7 @@ class JacobianService(pb_grpc.JacobianServiceServicer):
             outcome = await self._scheduler.submit(work)
             if query.require_finite:
                 _check_finite(outcome, query.quantities)
-            if outcome.patterns or query.patterns:
+            if outcome.outline.patterns or query.patterns:
                 _check_patterns(outcome, query)
                 self._check_size(function.resource, result_bytes(outcome, query))
             return encode_outcome(outcome, query)
@@ -154,21 +154,22 @@ class JacobianService(pb_grpc.JacobianServiceServicer):
 
 
 def _check_patterns(outcome: Outcome, query: Query) -> None:
-    found = {pattern.hash for pattern in outcome.patterns.values()}
+    outline = outcome.outline
+    found = {pattern.hash for pattern in outline.patterns.values()}
     for place, pattern in enumerate(query.patterns):
         if pattern not in found:
             raise ServiceError(
                 "PATTERN_UNKNOWN",
-                f"functions/{outcome.function} does not have the sparsity pattern "
+                f"functions/{outline.function} does not have the sparsity pattern "
                 f"{pattern} now. Ask again without naming it.",
                 field=f"patterns[{place}]",
-                function=f"functions/{outcome.function}",
+                function=f"functions/{outline.function}",
                 pattern=pattern,
             )
 
 
 def _check_finite(outcome: Outcome, quantities: tuple[Quantity, ...]) -> None:
-    finite = outcome.finite
+    finite, resource = outcome.finite, f"functions/{outcome.outline.function}"
     if finite.all():
         return
     where = ""
@@ -177,11 +178,11 @@ def _check_finite(outcome: Outcome, quantities: tuple[Quantity, ...]) -> None:
         where = f" at {count} of {len(finite)} points, the first at row {first}"
     raise ServiceError(
         "RESULT_NOT_FINITE",
-        f"{', '.join(quantities)} of functions/{outcome.function} has NaN or Inf"
+        f"{', '.join(quantities)} of {resource} has NaN or Inf"
         f"{where}. Pass other points, or leave require_finite out to have it "
         "delivered.",
         field="require_finite",
-        function=f"functions/{outcome.function}",
+        function=resource,
         points=finite.size,
         non_finite=np.count_nonzero(~finite),
     )

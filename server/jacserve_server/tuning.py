@@ -136,7 +136,7 @@ def measure(
         except ServiceError as error:
             problem = problem or error
         else:
-            programs.setdefault(program.strategy, program)
+            programs.setdefault(program.outline.strategy, program)
     if problem is not None and not programs:
         raise problem
     random = np.random.default_rng(0)

@@ -169,11 +169,36 @@ class Work:
         computation: What to compute.
         arrays: Those of `computation.arrays`; batched ones have `batch` rows.
         batch: The rows; None for one point.
+        is_exact: Whether it must not be computed together with other work.
     """
 
     computation: Computation
     arrays: tuple[Array, ...]
     batch: int | None
+    is_exact: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outline:
+    """What all outcomes of one program have in common: all but the numbers.
+
+    Attributes:
+        function: Name and version of the function.
+        arrays: Quantity and path of each array.
+        modes: How each derivative is made.
+        patterns: Where the values of the sparse arrays stand.
+        strategy: How J or H is made.
+        bucket: The rows that the program computes; None for one point.
+        device: The device that runs it.
+    """
+
+    function: str
+    arrays: tuple[tuple[Quantity, Path], ...]
+    modes: Mapping[Quantity, Mode]
+    patterns: Mapping[Quantity, Pattern]
+    strategy: Strategy
+    bucket: int | None
+    device: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -181,28 +206,20 @@ class Outcome:
     """What came of a piece of work.
 
     Attributes:
-        function: Name and version of the function that ran.
-        outputs: Quantity, path and array.
+        outline: What its arrays are.
+        arrays: The arrays of the outline, read-only.
         finite: For each row, whether all of its numbers are finite; a scalar for
             one point.
-        modes: How each derivative was made.
-        patterns: Where the values of the sparse outputs stand.
-        strategy: How J or H was made.
-        bucket: The rows that the program computed; None for one point.
-        device: The device that ran it.
         execute_s: Seconds of running it.
         queue_s: Seconds of waiting for the device.
         compile_s: Seconds of waiting for the program to be compiled.
+        coalesced_count: How many pieces of work the same run did.
     """
 
-    function: str
-    outputs: tuple[tuple[Quantity, Path, Array], ...]
+    outline: Outline
+    arrays: tuple[Array, ...]
     finite: Array
-    modes: Mapping[Quantity, Mode]
-    patterns: Mapping[Quantity, Pattern]
-    strategy: Strategy
-    bucket: int | None
-    device: str
     execute_s: float
     queue_s: float = 0.0
     compile_s: float = 0.0
+    coalesced_count: int = 1

@@ -8,14 +8,21 @@ import pytest
 
 from jacserve_server.errors import ServiceError
 from jacserve_server.scheduler import Scheduler
-from jacserve_server.work import Computation, Outcome, ProgramKey, Strategy, Work
+from jacserve_server.work import (
+    Computation,
+    Outcome,
+    Outline,
+    ProgramKey,
+    Strategy,
+    Work,
+)
 
 WORK = Work(Computation("f@1", ("value",), (), None, "matrix", ()), (), None)
 
 
 def outcome() -> Outcome:
-    strategy = Strategy()
-    return Outcome("f@1", (), np.array(True), {}, {}, strategy, None, "fake:0", 0.5)
+    outline = Outline("f@1", (), {}, {}, Strategy(), None, "fake:0")
+    return Outcome(outline, (), np.array(True), 0.5)
 
 
 class FakeExecutor:
@@ -27,6 +34,10 @@ class FakeExecutor:
 
     def ready(self, key: ProgramKey) -> None:
         del key
+
+    def result_bytes(self, program: str, work: Work) -> int:
+        del program, work
+        return 8
 
     def is_brief(self, program: str) -> bool:
         return program == "brief@1"
@@ -80,7 +91,7 @@ def test_more_than_the_bound_are_refused_at_once() -> None:
         executor.gate.set()
         outcomes = await asyncio.gather(*running)
         assert [outcome.execute_s for outcome in outcomes] == [0.5, 0.5]
-        assert (await call(scheduler)).device == "fake:0"
+        assert (await call(scheduler)).outline.device == "fake:0"
 
     run(scenario())
 

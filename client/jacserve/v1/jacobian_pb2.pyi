@@ -1,6 +1,7 @@
 import datetime
 
 from google.protobuf import duration_pb2 as _duration_pb2
+from google.rpc import status_pb2 as _status_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -89,6 +90,8 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SPARSITY_UNSUPPORTED: _ClassVar[ErrorReason]
     NOT_INSTALLED: _ClassVar[ErrorReason]
     PATTERN_UNKNOWN: _ClassVar[ErrorReason]
+    STREAM_REQUIRED: _ClassVar[ErrorReason]
+    STREAM_BROKEN: _ClassVar[ErrorReason]
 QUANTITY_UNSPECIFIED: Quantity
 QUANTITY_VALUE: Quantity
 QUANTITY_JACOBIAN: Quantity
@@ -154,6 +157,8 @@ UNEXPECTED: ErrorReason
 SPARSITY_UNSUPPORTED: ErrorReason
 NOT_INSTALLED: ErrorReason
 PATTERN_UNKNOWN: ErrorReason
+STREAM_REQUIRED: ErrorReason
+STREAM_BROKEN: ErrorReason
 
 class Function(_message.Message):
     __slots__ = ("name", "documentation", "arguments", "results", "modes", "missing_modes", "preferred_mode", "max_batch", "measured_strategies", "sizes")
@@ -247,7 +252,7 @@ class MeasuredStrategy(_message.Message):
     def __init__(self, inputs: _Optional[str] = ..., wrt: _Optional[_Iterable[str]] = ..., bucket: _Optional[int] = ..., mode: _Optional[_Union[Mode, str]] = ..., chunk_size: _Optional[int] = ..., speedup: _Optional[float] = ...) -> None: ...
 
 class Query(_message.Message):
-    __slots__ = ("function", "inputs", "quantities", "wrt", "mode", "layout", "cast", "require_finite", "tangents", "cotangents", "patterns")
+    __slots__ = ("function", "inputs", "quantities", "wrt", "mode", "layout", "cast", "require_finite", "tangents", "cotangents", "patterns", "exact")
     FUNCTION_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     QUANTITIES_FIELD_NUMBER: _ClassVar[int]
@@ -259,6 +264,7 @@ class Query(_message.Message):
     TANGENTS_FIELD_NUMBER: _ClassVar[int]
     COTANGENTS_FIELD_NUMBER: _ClassVar[int]
     PATTERNS_FIELD_NUMBER: _ClassVar[int]
+    EXACT_FIELD_NUMBER: _ClassVar[int]
     function: str
     inputs: _containers.RepeatedCompositeFieldContainer[Input]
     quantities: _containers.RepeatedScalarFieldContainer[Quantity]
@@ -270,7 +276,8 @@ class Query(_message.Message):
     tangents: _containers.RepeatedCompositeFieldContainer[Input]
     cotangents: _containers.RepeatedCompositeFieldContainer[Cotangent]
     patterns: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, function: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., quantities: _Optional[_Iterable[_Union[Quantity, str]]] = ..., wrt: _Optional[_Iterable[str]] = ..., mode: _Optional[_Union[Mode, str]] = ..., layout: _Optional[_Union[Layout, str]] = ..., cast: bool = ..., require_finite: bool = ..., tangents: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., cotangents: _Optional[_Iterable[_Union[Cotangent, _Mapping]]] = ..., patterns: _Optional[_Iterable[str]] = ...) -> None: ...
+    exact: bool
+    def __init__(self, function: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., quantities: _Optional[_Iterable[_Union[Quantity, str]]] = ..., wrt: _Optional[_Iterable[str]] = ..., mode: _Optional[_Union[Mode, str]] = ..., layout: _Optional[_Union[Layout, str]] = ..., cast: bool = ..., require_finite: bool = ..., tangents: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., cotangents: _Optional[_Iterable[_Union[Cotangent, _Mapping]]] = ..., patterns: _Optional[_Iterable[str]] = ..., exact: bool = ...) -> None: ...
 
 class Input(_message.Message):
     __slots__ = ("name", "tensor")
@@ -289,7 +296,7 @@ class Cotangent(_message.Message):
     def __init__(self, path: _Optional[_Iterable[_Union[PathStep, _Mapping]]] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("function", "outputs", "patterns", "finite", "device", "bucket", "timing", "chunk_size", "measured")
+    __slots__ = ("function", "outputs", "patterns", "finite", "device", "bucket", "timing", "chunk_size", "measured", "coalesced_count")
     FUNCTION_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     PATTERNS_FIELD_NUMBER: _ClassVar[int]
@@ -299,6 +306,7 @@ class Result(_message.Message):
     TIMING_FIELD_NUMBER: _ClassVar[int]
     CHUNK_SIZE_FIELD_NUMBER: _ClassVar[int]
     MEASURED_FIELD_NUMBER: _ClassVar[int]
+    COALESCED_COUNT_FIELD_NUMBER: _ClassVar[int]
     function: str
     outputs: _containers.RepeatedCompositeFieldContainer[Output]
     patterns: _containers.RepeatedCompositeFieldContainer[Pattern]
@@ -308,7 +316,8 @@ class Result(_message.Message):
     timing: Timing
     chunk_size: int
     measured: bool
-    def __init__(self, function: _Optional[str] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., patterns: _Optional[_Iterable[_Union[Pattern, _Mapping]]] = ..., finite: bool = ..., device: _Optional[str] = ..., bucket: _Optional[int] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., chunk_size: _Optional[int] = ..., measured: bool = ...) -> None: ...
+    coalesced_count: int
+    def __init__(self, function: _Optional[str] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., patterns: _Optional[_Iterable[_Union[Pattern, _Mapping]]] = ..., finite: bool = ..., device: _Optional[str] = ..., bucket: _Optional[int] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., chunk_size: _Optional[int] = ..., measured: bool = ..., coalesced_count: _Optional[int] = ...) -> None: ...
 
 class Output(_message.Message):
     __slots__ = ("quantity", "path", "tensor", "mode", "pattern")
@@ -351,14 +360,64 @@ class Timing(_message.Message):
     def __init__(self, queue_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., compile_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., execute_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class Tensor(_message.Message):
-    __slots__ = ("dtype", "shape", "data")
+    __slots__ = ("dtype", "shape", "streamed_bytes", "data")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
+    STREAMED_BYTES_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     dtype: DType
     shape: _containers.RepeatedScalarFieldContainer[int]
+    streamed_bytes: int
     data: bytes
-    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., streamed_bytes: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class EvaluateStreamRequest(_message.Message):
+    __slots__ = ("head", "piece")
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    PIECE_FIELD_NUMBER: _ClassVar[int]
+    head: Query
+    piece: Piece
+    def __init__(self, head: _Optional[_Union[Query, _Mapping]] = ..., piece: _Optional[_Union[Piece, _Mapping]] = ...) -> None: ...
+
+class EvaluateStreamResponse(_message.Message):
+    __slots__ = ("head", "piece")
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    PIECE_FIELD_NUMBER: _ClassVar[int]
+    head: Result
+    piece: Piece
+    def __init__(self, head: _Optional[_Union[Result, _Mapping]] = ..., piece: _Optional[_Union[Piece, _Mapping]] = ...) -> None: ...
+
+class Piece(_message.Message):
+    __slots__ = ("tensor", "offset", "data")
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    tensor: int
+    offset: int
+    data: bytes
+    def __init__(self, tensor: _Optional[int] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class SessionRequest(_message.Message):
+    __slots__ = ("id", "timeout", "cancel", "query")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    timeout: _duration_pb2.Duration
+    cancel: bool
+    query: Query
+    def __init__(self, id: _Optional[int] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., cancel: bool = ..., query: _Optional[_Union[Query, _Mapping]] = ...) -> None: ...
+
+class SessionResponse(_message.Message):
+    __slots__ = ("id", "error", "result")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    error: _status_pb2.Status
+    result: Result
+    def __init__(self, id: _Optional[int] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ...) -> None: ...
 
 class ListFunctionsRequest(_message.Message):
     __slots__ = ("page_size", "page_token")

@@ -55,6 +55,16 @@ class JacobianServiceStub(object):
                 request_serializer=jacserve_dot_v1_dot_jacobian__pb2.Query.SerializeToString,
                 response_deserializer=jacserve_dot_v1_dot_jacobian__pb2.Result.FromString,
                 _registered_method=True)
+        self.EvaluateStream = channel.stream_stream(
+                '/jacserve.v1.JacobianService/EvaluateStream',
+                request_serializer=jacserve_dot_v1_dot_jacobian__pb2.EvaluateStreamRequest.SerializeToString,
+                response_deserializer=jacserve_dot_v1_dot_jacobian__pb2.EvaluateStreamResponse.FromString,
+                _registered_method=True)
+        self.Session = channel.stream_stream(
+                '/jacserve.v1.JacobianService/Session',
+                request_serializer=jacserve_dot_v1_dot_jacobian__pb2.SessionRequest.SerializeToString,
+                response_deserializer=jacserve_dot_v1_dot_jacobian__pb2.SessionResponse.FromString,
+                _registered_method=True)
 
 
 class JacobianServiceServicer(object):
@@ -85,7 +95,26 @@ class JacobianServiceServicer(object):
 
     def Evaluate(self, request, context):
         """Evaluates the requested quantities of one function, at one point or at a
-        batch of points, in one pass of one compiled program.
+        batch of points, in one pass of one compiled program. An answer of more than
+        1 MiB is refused as STREAM_REQUIRED, before anything is computed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EvaluateStream(self, request_iterator, context):
+        """The same for arrays of any size, in either direction: a head, in which large
+        tensors have `streamed_bytes` and no data, and then their bytes in pieces. One
+        query a call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Session(self, request_iterator, context):
+        """Many small queries on one stream, each answered when it is done: answers may
+        overtake. A query that fails has its error in its answer, and the stream goes
+        on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -113,6 +142,16 @@ def add_JacobianServiceServicer_to_server(servicer, server):
                     servicer.Evaluate,
                     request_deserializer=jacserve_dot_v1_dot_jacobian__pb2.Query.FromString,
                     response_serializer=jacserve_dot_v1_dot_jacobian__pb2.Result.SerializeToString,
+            ),
+            'EvaluateStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.EvaluateStream,
+                    request_deserializer=jacserve_dot_v1_dot_jacobian__pb2.EvaluateStreamRequest.FromString,
+                    response_serializer=jacserve_dot_v1_dot_jacobian__pb2.EvaluateStreamResponse.SerializeToString,
+            ),
+            'Session': grpc.stream_stream_rpc_method_handler(
+                    servicer.Session,
+                    request_deserializer=jacserve_dot_v1_dot_jacobian__pb2.SessionRequest.FromString,
+                    response_serializer=jacserve_dot_v1_dot_jacobian__pb2.SessionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -224,6 +263,60 @@ class JacobianService(object):
             '/jacserve.v1.JacobianService/Evaluate',
             jacserve_dot_v1_dot_jacobian__pb2.Query.SerializeToString,
             jacserve_dot_v1_dot_jacobian__pb2.Result.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EvaluateStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/jacserve.v1.JacobianService/EvaluateStream',
+            jacserve_dot_v1_dot_jacobian__pb2.EvaluateStreamRequest.SerializeToString,
+            jacserve_dot_v1_dot_jacobian__pb2.EvaluateStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Session(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/jacserve.v1.JacobianService/Session',
+            jacserve_dot_v1_dot_jacobian__pb2.SessionRequest.SerializeToString,
+            jacserve_dot_v1_dot_jacobian__pb2.SessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -54,7 +54,18 @@ class JacobianServiceStub:
     """
     Evaluate: _grpc.UnaryUnaryMultiCallable[_jacobian_pb2.Query, _jacobian_pb2.Result]
     """Evaluates the requested quantities of one function, at one point or at a
-    batch of points, in one pass of one compiled program.
+    batch of points, in one pass of one compiled program. An answer of more than
+    1 MiB is refused as STREAM_REQUIRED, before anything is computed.
+    """
+    EvaluateStream: _grpc.StreamStreamMultiCallable[_jacobian_pb2.EvaluateStreamRequest, _jacobian_pb2.EvaluateStreamResponse]
+    """The same for arrays of any size, in either direction: a head, in which large
+    tensors have `streamed_bytes` and no data, and then their bytes in pieces. One
+    query a call.
+    """
+    Session: _grpc.StreamStreamMultiCallable[_jacobian_pb2.SessionRequest, _jacobian_pb2.SessionResponse]
+    """Many small queries on one stream, each answered when it is done: answers may
+    overtake. A query that fails has its error in its answer, and the stream goes
+    on.
     """
 
 @_typing.type_check_only
@@ -72,7 +83,18 @@ class JacobianServiceAsyncStub(JacobianServiceStub):
     """
     Evaluate: _aio.UnaryUnaryMultiCallable[_jacobian_pb2.Query, _jacobian_pb2.Result]  # type: ignore[assignment]
     """Evaluates the requested quantities of one function, at one point or at a
-    batch of points, in one pass of one compiled program.
+    batch of points, in one pass of one compiled program. An answer of more than
+    1 MiB is refused as STREAM_REQUIRED, before anything is computed.
+    """
+    EvaluateStream: _aio.StreamStreamMultiCallable[_jacobian_pb2.EvaluateStreamRequest, _jacobian_pb2.EvaluateStreamResponse]  # type: ignore[assignment]
+    """The same for arrays of any size, in either direction: a head, in which large
+    tensors have `streamed_bytes` and no data, and then their bytes in pieces. One
+    query a call.
+    """
+    Session: _aio.StreamStreamMultiCallable[_jacobian_pb2.SessionRequest, _jacobian_pb2.SessionResponse]  # type: ignore[assignment]
+    """Many small queries on one stream, each answered when it is done: answers may
+    overtake. A query that fails has its error in its answer, and the stream goes
+    on.
     """
 
 class JacobianServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -111,7 +133,30 @@ class JacobianServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_jacobian_pb2.Result, _abc.Awaitable[_jacobian_pb2.Result]]:
         """Evaluates the requested quantities of one function, at one point or at a
-        batch of points, in one pass of one compiled program.
+        batch of points, in one pass of one compiled program. An answer of more than
+        1 MiB is refused as STREAM_REQUIRED, before anything is computed.
+        """
+
+    @_abc_1.abstractmethod
+    def EvaluateStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[_jacobian_pb2.EvaluateStreamRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_jacobian_pb2.EvaluateStreamResponse], _abc.AsyncIterator[_jacobian_pb2.EvaluateStreamResponse]]:
+        """The same for arrays of any size, in either direction: a head, in which large
+        tensors have `streamed_bytes` and no data, and then their bytes in pieces. One
+        query a call.
+        """
+
+    @_abc_1.abstractmethod
+    def Session(
+        self,
+        request_iterator: _MaybeAsyncIterator[_jacobian_pb2.SessionRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_jacobian_pb2.SessionResponse], _abc.AsyncIterator[_jacobian_pb2.SessionResponse]]:
+        """Many small queries on one stream, each answered when it is done: answers may
+        overtake. A query that fails has its error in its answer, and the stream goes
+        on.
         """
 
 def add_JacobianServiceServicer_to_server(servicer: JacobianServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
