@@ -1,9 +1,10 @@
 """A server in a process of its own, as users run it."""
 
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,10 @@ class ServerProcess:
 
 
 @contextmanager
-def server_process(*arguments: str | Path) -> Generator[ServerProcess]:
+def server_process(
+    *arguments: str | Path, env: Mapping[str, str] | None = None
+) -> Generator[ServerProcess]:
+    """Runs `jacserve serve`, with further variables in its environment."""
     command = [sys.executable, "-m", "jacserve", "serve", "--port", "0"]
     # To a file: a pipe that nobody reads would fill up and hold the server.
     with tempfile.TemporaryFile("w+") as log:
@@ -32,6 +36,7 @@ def server_process(*arguments: str | Path) -> Generator[ServerProcess]:
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
+            env={**os.environ, **(env or {})},
         )
         assert process.stdout is not None
         try:
