@@ -87,12 +87,12 @@ def run(
     seconds: float,
     stop: threading.Event | None = None,
 ) -> Load:
-    """Has callers call until the time is up; each finishes the call that it began.
+    """Has callers call until the time is up, but at least once each.
 
     Args:
         call: Makes one call and waits for its answer, from any thread.
         callers: How many threads call.
-        seconds: Seconds after which no more calls begin.
+        seconds: Seconds after which no more calls begin; those that have are finished.
         stop: Ends it early once it is set.
 
     Returns:
@@ -153,35 +153,33 @@ class _Tape:
     error_count: int = 0
     error: str = ""
 
+    def record(self, answer: object, latency_s: float) -> None:
+        """Keeps the figures of an answer, but not its arrays."""
+        self.latencies_s.append(latency_s)
+        if isinstance(answer, Result):
+            timing, count = answer.timing, getattr(answer, "coalesced_count", 1)
+            self.server.append(
+                (timing.queue_s, timing.compile_s, timing.execute_s, count)
+            )
+
 
 def _repeat(
     call: Callable[[], object], tape: _Tape, end: float, stop: threading.Event
 ) -> None:
     failures_in_a_row = 0
-    while failures_in_a_row < _MOST_FAILURES_IN_A_ROW and not stop.is_set():
+    while not stop.is_set():
         start = time.perf_counter()
-        if start >= end:
-            return
         try:
             answer = call()
         except JacobianError as error:
             tape.error_count += 1
             tape.error = str(error)
             failures_in_a_row += 1
-            continue
-        tape.latencies_s.append(time.perf_counter() - start)
-        failures_in_a_row = 0
-        if isinstance(answer, Result):
-            # Not the answer itself, whose arrays may be large.
-            timing = answer.timing
-            tape.server.append(
-                (
-                    timing.queue_s,
-                    timing.compile_s,
-                    timing.execute_s,
-                    getattr(answer, "coalesced_count", 1),
-                )
-            )
+        else:
+            tape.record(answer, time.perf_counter() - start)
+            failures_in_a_row = 0
+        if time.perf_counter() >= end or failures_in_a_row == _MOST_FAILURES_IN_A_ROW:
+            return
 
 
 def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
