@@ -15,6 +15,7 @@ from benchmarks.fast_path import (
     concurrency,
     large_answers,
     machine,
+    pipelines,
     plots,
     report,
     restarts,
@@ -28,6 +29,7 @@ from rich.console import Console
 
 SECTIONS: Mapping[str, Callable[[Setting], Section]] = {
     "small-calls": small_calls.measure,
+    "pipelines": pipelines.measure,
     "batches": batches.measure,
     "transfers": transfers.measure,
     "large-answers": large_answers.measure,
@@ -36,9 +38,11 @@ SECTIONS: Mapping[str, Callable[[Setting], Section]] = {
     "restarts": restarts.measure,
 }
 FULL = Effort(rounds=7, calls=150, seconds=0.5)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 QUICK = Effort(rounds=2, calls=50, seconds=0.2)
 
 
+@app.command()
 def main(
     quick: Annotated[
         bool, typer.Option("--quick", help="Two rounds: whether it works, no figures.")
@@ -101,4 +105,4 @@ def _has_device(device: str) -> bool:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -5,6 +5,7 @@ more time than one, of the other they do not; the server is to find out by itsel
 never to be slower for it.
 """
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -30,6 +31,8 @@ _CALLERS = (16, 64)
 # Less is noise between two servers that do the same.
 _NOT_SLOWER = 0.95
 _LONGEST_START_S = 120.0
+# What the server logs once it has timed a function.
+_DECISION = re.compile(r"functions/(\w+)\S*: up to (\d+) points are computed together")
 
 
 def measure(setting: Setting) -> Section:
@@ -47,14 +50,12 @@ def measure(setting: Setting) -> Section:
                 )
             )
             if most > 1:
-                _wait_until_measured(server)
+                print(_wait_until_measured(server))
             client = stack.enter_context(jacserve.Client(target))
             for name, x in points.items():
                 client.jacobian(name, x)
                 measures += [
-                    _level(
-                        client, name, x, f"{name} {callers} {label}", callers, setting
-                    )
+                    _level(client, name, x, label, callers, setting)
                     for callers in _CALLERS
                 ]
         found = interleaved(measures, setting.effort.rounds, setting.random)
@@ -89,10 +90,13 @@ def measure(setting: Setting) -> Section:
     )
 
 
-def _wait_until_measured(server: Process) -> None:
-    """Waits for the server to know of each function what coalescing is worth."""
+def _wait_until_measured(server: Process) -> dict[str, str]:
+    """Waits until the server knows of each function how many points at once win."""
     end = time.monotonic() + _LONGEST_START_S
-    while server.log_text().count("are computed together") < len(SIZES):
+    while True:
+        found = dict(_DECISION.findall(server.log_text()))
+        if len(found) == len(SIZES):
+            return found
         if time.monotonic() > end:
             raise BenchmarkError(f"nothing was timed:\n{server.log_text()}")
         time.sleep(0.1)

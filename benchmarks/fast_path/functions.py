@@ -10,9 +10,10 @@ from jacserve_server import Registry
 registry = Registry()
 
 
-def weights(n: int) -> np.ndarray:
-    """Returns a matrix [n, n] that neither grows nor shrinks what it multiplies."""
-    return np.random.default_rng(n).normal(size=(n, n)).astype("f4") / np.sqrt(n)
+def weights(n: int, m: int | None = None) -> np.ndarray:
+    """Returns a matrix [m or n, n] that keeps the size of what it multiplies."""
+    shape = (m or n, n)
+    return np.random.default_rng(n).normal(size=shape).astype("f4") / np.sqrt(n)
 
 
 @registry.function
@@ -36,6 +37,13 @@ def orbit(x: Float32[Array, "n"]) -> Float32[Array, "n"]:
         return x + 0.01 * jnp.tanh(matrix @ x), None
 
     return jax.lax.scan(step, x, None, length=100)[0]
+
+
+@registry.function
+def network(x: Float32[Array, "n"]) -> Float32[Array, ""]:
+    """Two hidden layers of 1,024, and one number: its Jacobian is one backward pass."""
+    hidden = jnp.tanh(jnp.asarray(weights(x.size, 1024)) @ x)
+    return jnp.sum(jnp.tanh(jnp.asarray(weights(1024)) @ hidden))
 
 
 @registry.function

@@ -1,14 +1,15 @@
 """Clients in processes of their own, asked by lines of JSON.
 
 Run as `python -m benchmarks.fast_path.other_client TARGET`. `{"ping_s": 2.0}` makes
-empty calls for so long and writes the seconds that each took. `{"download_n": 4096}`
-fetches one Jacobian [n, n] and writes how much memory this process had before, and at
-most.
+empty calls for so long and writes the seconds of each. `{"download": [1024, 128]}`
+fetches Jacobians of an elementwise function at so many points of that length, and
+writes how much memory this process had before, and at most.
 """
 
 import json
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,21 +42,21 @@ def ping(target: str, seconds: float) -> list[float]:
     return found
 
 
-def download(client: jacserve.Client, n: int) -> dict[str, int]:
-    """Fetches the Jacobian of an elementwise function.
+def download(client: jacserve.Client, shape: Sequence[int]) -> dict[str, int]:
+    """Fetches Jacobians of an elementwise function.
 
     Args:
         client: The client.
-        n: The size: n x n numbers of four bytes.
+        shape: Of the points, [b, n].
 
     Returns:
         Bytes of this process before the call, at most until it had the answer, and of
         the answer.
     """
-    x = np.full(n, 0.5, "f4")
+    points = np.full(shape, 0.5, "f4")
     reset_peak("self")
     before = memory_bytes("self", "VmRSS")
-    jacobian = client.jacobian("wave", x)
+    jacobian = client.jacobian("wave", points)
     return {
         "before": before,
         "peak": memory_bytes("self", "VmHWM"),
@@ -72,7 +73,7 @@ def main() -> None:
             if "ping_s" in request:
                 answer: Any = ping(target, request["ping_s"])
             else:
-                answer = download(client, request["download_n"])
+                answer = download(client, request["download"])
             print(json.dumps(answer), flush=True)
 
 

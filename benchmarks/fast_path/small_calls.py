@@ -4,7 +4,6 @@ The calls take turns one by one, so that each is as cold or warm as the others. 
 compiled programs of the other process run while nothing else does.
 """
 
-import contextlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -29,7 +28,7 @@ def measure(setting: Setting) -> Section:
     client, effort = setting.client, setting.effort
     x = {n: setting.point(n) for n in (3, 128, 1024)}
     points = setting.point(_BATCH, 3)
-    with contextlib.nullcontext(client) as session:
+    with client.session() as session:
         small = {
             "empty": setting.empty,
             "n=3": lambda: client.jacobian("layer", x[3]),

@@ -1,6 +1,7 @@
 """Large arrays both ways, beside one plain message, a raw socket and memcpy.
 
-Downloads are Jacobians of an elementwise function, uploads inputs of a sum of squares.
+Downloads are batches of Jacobians [128, 128] of an elementwise function, uploads inputs
+of a sum of squares.
 The time in which the server queued and executed is subtracted, so that a transfer is
 compared with a transfer; it is printed beside. Nothing is compressed anywhere, so the
 many zeros are as long under way as other numbers.
@@ -30,6 +31,7 @@ import jacserve
 from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
 
 _FLOORS = "benchmarks.fast_path.floors"
+_N = 128
 _SIZES = tuple(2**power for power in range(16, 29, 2))
 _OF_TARGETS = 2**26
 # A plain message of 256 MiB takes many seconds.
@@ -68,14 +70,13 @@ def measure(setting: Setting) -> Section:
 
 
 def _download(setting: Setting, size: int) -> Callable[[], Mapping[str, float]]:
-    n = round((size / 4) ** 0.5)
-    x = setting.point(n)
+    points = setting.point(size // (_N * _N * 4), _N)
 
     def measured() -> Mapping[str, float]:
         return _transfer(
             f"download {size}",
             size,
-            lambda: setting.client.evaluate("wave", x, quantities="jacobian"),
+            lambda: setting.client.evaluate("wave", points, quantities="jacobian"),
         )
 
     return measured
@@ -149,7 +150,7 @@ def _section(found: Mapping[str, Array]) -> Section:
         return size / found[f"{way} {size}"] / 1e9
 
     ours, plain, raw = (rate(way) for way in ("download", "plain", "socket"))
-    mib = f"{_OF_TARGETS // 2**20} MiB Jacobian"
+    mib = f"{_text(_OF_TARGETS)} of Jacobians"
     rows = [
         compared(mib, "GB/s", ours, "one plain message", plain, at_least(5)),
         compared(mib, "GB/s", ours, "raw TCP socket", raw, at_least(0.6)),

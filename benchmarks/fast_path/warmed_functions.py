@@ -8,7 +8,7 @@ from benchmarks.fast_path import functions
 
 from jacserve_server import Registry, WarmUp
 
-SIZES = {"layer": 128, "orbit": 64}
+SIZES = {"network": 64, "layer": 128, "orbit": 64}
 MOST_POINTS = 64
 
 registry = Registry()

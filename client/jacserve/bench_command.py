@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 import typer
 from rich.console import Console
@@ -128,9 +128,7 @@ def bench(
             _check_writable(json_file)  # Before the minutes that it would waste.
         function = client.describe(name, timeout_s=timeout)
         question = benching.random_question(client, function, settings)
-        caller = (
-            stack.enter_context(cast("Any", client).session()) if session else client
-        )
+        caller = stack.enter_context(client.session()) if session else client
 
         def call() -> Result:
             return caller.evaluate(

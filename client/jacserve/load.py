@@ -157,7 +157,7 @@ class _Tape:
         """Keeps the figures of an answer, but not its arrays."""
         self.latencies_s.append(latency_s)
         if isinstance(answer, Result):
-            timing, count = answer.timing, getattr(answer, "coalesced_count", 1)
+            timing, count = answer.timing, answer.coalesced_count
             self.server.append(
                 (timing.queue_s, timing.compile_s, timing.execute_s, count)
             )
