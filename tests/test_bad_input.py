@@ -94,7 +94,7 @@ def outer(x: Float[Array, "n"]) -> Float[Array, "n n"]:
 
 @pytest.fixture(scope="module")
 def running() -> Generator[RunningServer]:
-    with serving(registry, max_message_bytes=2**20) as server:
+    with serving(registry, max_payload_bytes=2**20) as server:
         yield server
 
 
@@ -361,7 +361,7 @@ BAD_CALLS: list[tuple[str, Call, type[Exception], str, str, list[str]]] = [
         ["has 5 points", "at most 4"],
     ),
     (
-        "a result larger than a message",
+        "a result larger than the limit",
         lambda c: c.jacobian("outer", np.ones(60)),
         jacserve.CapacityError,
         "RESOURCE_EXHAUSTED",
@@ -369,12 +369,12 @@ BAD_CALLS: list[tuple[str, Call, type[Exception], str, str, list[str]]] = [
         [str(60**3 * 8), str(2**20)],
     ),
     (
-        "a request larger than a message",
+        "a query larger than the limit",
         lambda c: c.jacobian("triple", np.ones((2**17, 3))),
         jacserve.CapacityError,
         "RESOURCE_EXHAUSTED",
-        "",
-        ["larger than max"],
+        "QUERY_TOO_LARGE",
+        [str(2**17 * 3 * 8), str(2**20), "fewer points"],
     ),
 ]
 

@@ -268,7 +268,7 @@ def test_a_fault_of_the_server_has_a_request_id(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("jacserve_server.service.decode_query", None)
+    monkeypatch.setattr("jacserve_server.requests.decode_query", None)
     with pytest.raises(jacserve.ServerError) as caught:
         client.value("double", np.ones(3))
     assert (caught.value.code, caught.value.reason) == ("INTERNAL", "UNEXPECTED")

@@ -883,7 +883,7 @@ def test_an_answer_that_its_pattern_makes_too_large(
     def squares(x: Float[Array, "n"], w: Float[Array, "256"]) -> Float[Array, "n"]:
         return x**2 + jnp.sum(w**2)
 
-    with serving(large, max_message_bytes=2**20) as server:
+    with serving(large, max_payload_bytes=2**20) as server:
         with jacserve.Client(server.target) as client:
             inputs = np.ones(rows, dtype), np.ones(256, dtype)
             with pytest.raises(jacserve.CapacityError) as caught:
@@ -892,7 +892,7 @@ def test_an_answer_that_its_pattern_makes_too_large(
 
 
 def test_a_pattern_that_is_too_large_to_send() -> None:
-    with serving(registry, max_message_bytes=2**20) as server:
+    with serving(registry, max_payload_bytes=2**20) as server:
         with jacserve.Client(server.target) as client:
             with pytest.raises(jacserve.CapacityError) as caught:
                 client.sparsity("dense", sizes={"n": 600})

@@ -1,14 +1,31 @@
 """The asyncio client: the same calls as `Client`, to be awaited."""
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 import grpc.aio
 
-from jacserve.channels import DEFAULT_TARGET, channel_options
+from jacserve.channels import (
+    DEFAULT_TARGET,
+    EVALUATE,
+    EVALUATE_STREAM,
+    GET_SPARSITY,
+    channel_options,
+)
 from jacserve.checking import Check, checks, named_arrays
-from jacserve.errors import JacobianError, PreconditionError, translated
+from jacserve.errors import JacobianError, translated
+from jacserve.evaluation import (
+    Answer,
+    Memory,
+    Receiver,
+    Step,
+    drive_async,
+    evaluation,
+)
 from jacserve.functions import (
     FunctionInfo,
     Sparsity,
@@ -19,12 +36,11 @@ from jacserve.queries import (
     EvaluateOptions,
     Inputs,
     Options,
-    encode_query,
+    QueryEncoder,
     encode_sparsity_request,
     timeout_of,
 )
-from jacserve.results import Result, decode_result
-from jacserve.sparse import PatternCache
+from jacserve.results import Result
 from jacserve.tensors import Array
 from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
 from jacserve.vocabulary import Quantity
@@ -56,7 +72,14 @@ class AsyncClient:
             target, options=channel_options(target)
         )
         self._stub = pb_grpc.JacobianServiceStub(self._channel)
-        self._patterns = PatternCache()
+        # Messages with tensors are read and written by jacserve itself.
+        self._evaluate: Any = self._channel.unary_unary(EVALUATE)
+        self._evaluate_stream: Any = self._channel.stream_stream(EVALUATE_STREAM)
+        self._get_sparsity: Any = self._channel.unary_unary(
+            GET_SPARSITY, pb.GetSparsityRequest.SerializeToString
+        )
+        self._encoder = QueryEncoder()
+        self._memory = Memory()
 
     async def __aenter__(self) -> Self:
         """Returns the client itself."""
@@ -112,7 +135,7 @@ class AsyncClient:
         """Finds where J or H can be other than zero; see `Client.sparsity`."""
         request = encode_sparsity_request(function, sizes or {}, wrt, quantity)
         with translated(self._target):
-            found = await self._stub.GetSparsity(
+            found: bytes = await self._get_sparsity(
                 request, timeout=timeout_of(timeout_s, self._timeout_s)
             )
         return decode_sparsity(found)
@@ -162,19 +185,49 @@ class AsyncClient:
         **options: Unpack[EvaluateOptions],
     ) -> Result:
         """Evaluates any set of quantities; see `Client.evaluate`."""
-        query = encode_query(function, inputs, quantities, options)
-        timeout = timeout_of(options.get("timeout_s"), self._timeout_s)
-        known = self._patterns.name_in(query)
+        ask = self._encoder.encode(function, inputs, quantities, options)
+        timeout_s = timeout_of(options.get("timeout_s"), self._timeout_s)
+        send = partial(self._send, timeout_s)
+        return await drive_async(evaluation(ask, self._memory), send)
+
+    async def map(
+        self,
+        function: str,
+        batches: Iterable[Inputs] | AsyncIterable[Inputs],
+        *,
+        quantities: Quantity | Sequence[Quantity] = ("value", "jacobian"),
+        window: int = 2,
+        **options: Unpack[EvaluateOptions],
+    ) -> AsyncIterator[Result]:
+        """Evaluates batch after batch, in order; see `Client.map`."""
+        if window < 1:
+            raise ValueError(f"window is {window}; pass 1 or more")
+        pending: deque[asyncio.Task[Result]] = deque()
         try:
-            with translated(self._target):
-                answer = await self._stub.Evaluate(query, timeout=timeout)
-        except PreconditionError as error:
-            known = self._patterns.recover(query, error)
-            with translated(self._target):
-                answer = await self._stub.Evaluate(query, timeout=timeout)
-        result = decode_result(answer, query, known)
-        self._patterns.learn(query, answer, result.patterns)
-        return result
+            async for inputs in _aiter(batches):
+                if len(pending) == window:
+                    yield await pending.popleft()
+                call = self.evaluate(function, inputs, quantities=quantities, **options)
+                pending.append(asyncio.create_task(call))
+            while pending:
+                yield await pending.popleft()
+        finally:
+            for task in pending:
+                task.cancel()
+
+    async def _send(self, timeout_s: float | None, step: Step) -> Answer:
+        ask = step.ask
+        with translated(self._target):
+            if not step.is_streamed:
+                return await self._evaluate(ask.to_bytes(), timeout=timeout_s)
+            receiver = Receiver()
+            call: Any = self._evaluate_stream(ask.to_parts(), timeout=timeout_s)
+            try:
+                async for raw in call:
+                    receiver.feed(raw)
+            finally:
+                call.cancel()  # It has ended already, unless something was raised.
+            return receiver.received()
 
     async def value(
         self, function: str, inputs: Inputs, **options: Unpack[Options]
@@ -321,3 +374,14 @@ class AsyncClient:
                 function, inputs, quantities="condition_number", **options
             )
         ).condition_number
+
+
+async def _aiter(
+    batches: Iterable[Inputs] | AsyncIterable[Inputs],
+) -> AsyncIterator[Inputs]:
+    if isinstance(batches, AsyncIterable):
+        async for inputs in batches:
+            yield inputs
+    else:
+        for inputs in batches:
+            yield inputs

@@ -5,6 +5,13 @@ from typing import Any
 
 DEFAULT_TARGET = "localhost:50051"
 
+_SERVICE = "jacserve.v1.JacobianService"
+# The calls whose messages have tensors.
+EVALUATE = f"/{_SERVICE}/Evaluate"
+EVALUATE_STREAM = f"/{_SERVICE}/EvaluateStream"
+SESSION = f"/{_SERVICE}/Session"
+GET_SPARSITY = f"/{_SERVICE}/GetSparsity"
+
 # Beyond this a protobuf message can't be parsed anywhere.
 _MAX_MESSAGE_BYTES = 2**31 - 1
 
@@ -13,7 +20,7 @@ _MAX_MESSAGE_BYTES = 2**31 - 1
 _SERVICE_CONFIG = {
     "methodConfig": [
         {
-            "name": [{"service": "jacserve.v1.JacobianService"}],
+            "name": [{"service": _SERVICE}],
             "retryPolicy": {
                 "maxAttempts": 3,
                 "initialBackoff": "0.1s",

@@ -1,14 +1,26 @@
 """The blocking client."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Self, Unpack, cast
 
 import grpc
 
-from jacserve.channels import DEFAULT_TARGET, channel_options
+from jacserve.channels import (
+    DEFAULT_TARGET,
+    EVALUATE,
+    EVALUATE_STREAM,
+    GET_SPARSITY,
+    SESSION,
+    channel_options,
+)
 from jacserve.checking import Check, checks, named_arrays
-from jacserve.errors import JacobianError, PreconditionError, translated
+from jacserve.errors import JacobianError, from_rpc_error, translated
+from jacserve.evaluation import Answer, Memory, Receiver, Step, drive, evaluation
+from jacserve.evaluator import Evaluator
 from jacserve.functions import (
     FunctionInfo,
     Sparsity,
@@ -18,19 +30,17 @@ from jacserve.functions import (
 from jacserve.queries import (
     EvaluateOptions,
     Inputs,
-    Options,
-    encode_query,
+    QueryEncoder,
     encode_sparsity_request,
     timeout_of,
 )
-from jacserve.results import Result, decode_result
-from jacserve.sparse import PatternCache
-from jacserve.tensors import Array
+from jacserve.results import Result
+from jacserve.session import Session
 from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
 from jacserve.vocabulary import Quantity
 
 
-class Client:
+class Client(Evaluator):
     """Asks a server for Jacobians, from any number of threads.
 
     Every method that evaluates takes the same two arguments and the same keyword
@@ -71,7 +81,15 @@ class Client:
         self._timeout_s = timeout_s
         self._channel = grpc.insecure_channel(target, options=channel_options(target))
         self._stub = pb_grpc.JacobianServiceStub(self._channel)
-        self._patterns = PatternCache()
+        # Messages with tensors are read and written by jacserve itself.
+        self._evaluate: Any = self._channel.unary_unary(EVALUATE)
+        self._evaluate_stream: Any = self._channel.stream_stream(EVALUATE_STREAM)
+        self._session: Any = self._channel.stream_stream(SESSION)
+        self._get_sparsity: Any = self._channel.unary_unary(
+            GET_SPARSITY, pb.GetSparsityRequest.SerializeToString
+        )
+        self._encoder = QueryEncoder()
+        self._memory = Memory()
 
     def __enter__(self) -> Self:
         """Returns the client itself."""
@@ -163,7 +181,7 @@ class Client:
         """
         request = encode_sparsity_request(function, sizes or {}, wrt, quantity)
         with translated(self._target):
-            found = self._stub.GetSparsity(
+            found: bytes = self._get_sparsity(
                 request, timeout=timeout_of(timeout_s, self._timeout_s)
             )
         return decode_sparsity(found)
@@ -241,158 +259,95 @@ class Client:
         Raises:
             JacobianError: The call failed; see this class.
         """
-        query = encode_query(function, inputs, quantities, options)
-        timeout = timeout_of(options.get("timeout_s"), self._timeout_s)
-        known = self._patterns.name_in(query)
+        ask = self._encoder.encode(function, inputs, quantities, options)
+        timeout_s = timeout_of(options.get("timeout_s"), self._timeout_s)
+        return drive(evaluation(ask, self._memory), partial(self._send, timeout_s))
+
+    def map(
+        self,
+        function: str,
+        batches: Iterable[Inputs],
+        *,
+        quantities: Quantity | Sequence[Quantity] = ("value", "jacobian"),
+        window: int = 2,
+        **options: Unpack[EvaluateOptions],
+    ) -> Iterator[Result]:
+        """Evaluates batch after batch, and yields the results in the same order.
+
+        Batches are taken from the iterable as results are taken from the iterator, so
+        that any number of points passes through a bounded memory: at most `window`
+        batches and their results are on their way.
+
+        Args:
+            function: A registered name.
+            batches: Inputs, each as `evaluate` takes them.
+            quantities: As for `evaluate`.
+            window: How many batches are on their way at once; 2 or more keep the
+                server busy while results travel.
+            **options: As for `evaluate`; timeout_s is for each batch.
+
+        Yields:
+            The result of each batch.
+
+        Raises:
+            JacobianError: A call failed; the batches before it have been yielded.
+        """
+        if window < 1:
+            raise ValueError(f"window is {window}; pass 1 or more")
+
+        def evaluate(inputs: Inputs) -> Result:
+            return self.evaluate(function, inputs, quantities=quantities, **options)
+
+        pool = ThreadPoolExecutor(window, "jacserve-map")
+        pending: deque[Future[Result]] = deque()
         try:
-            with translated(self._target):
-                answer = self._stub.Evaluate(query, timeout=timeout)
-        except PreconditionError as error:
-            known = self._patterns.recover(query, error)
-            with translated(self._target):
-                answer = self._stub.Evaluate(query, timeout=timeout)
-        result = decode_result(answer, query, known)
-        self._patterns.learn(query, answer, result.patterns)
-        return result
+            for inputs in batches:
+                if len(pending) == window:
+                    yield pending.popleft().result()
+                pending.append(pool.submit(evaluate, inputs))
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    def value(self, function: str, inputs: Inputs, **options: Unpack[Options]) -> Any:
-        """Evaluates f(x): an array, or what arrays the function returns."""
-        return self.evaluate(function, inputs, quantities="value", **options).value
+    def session(self, *, window: int = 64) -> Session:
+        """Opens a session: many calls over one stream, each cheaper than one alone.
 
-    def jacobian(
-        self, function: str, inputs: Inputs, **options: Unpack[Options]
-    ) -> Any:
-        """Evaluates the Jacobian J [m, n], J[i, j] = d f_i / d x_j.
+        ```python
+        with client.session() as session:
+            for _ in range(20):
+                x += session.newton_step("equations", x)
+        ```
 
-        In the blocks layout, arrays shaped like the result and then the argument.
+        Args:
+            window: How many queries that were submitted may be without an answer.
+
+        Returns:
+            The session, with the client's methods that evaluate, and `submit`. Close
+            it, or use it in a with block, before the client is closed.
         """
-        return self.evaluate(
-            function, inputs, quantities="jacobian", **options
-        ).jacobian
-
-    def value_and_jacobian(
-        self, function: str, inputs: Inputs, **options: Unpack[Options]
-    ) -> tuple[Any, Any]:
-        """Evaluates f(x) and J in one pass."""
-        result = self.evaluate(
-            function, inputs, quantities=("value", "jacobian"), **options
+        return Session(
+            self._session,
+            self._send,
+            encoder=self._encoder,
+            memory=self._memory,
+            target=self._target,
+            timeout_s=self._timeout_s,
+            window=window,
         )
-        return result.value, result.jacobian
 
-    def gradient(
-        self, function: str, inputs: Inputs, **options: Unpack[Options]
-    ) -> Any:
-        """Evaluates the gradient [n] of a scalar function."""
-        return self.evaluate(
-            function, inputs, quantities="gradient", **options
-        ).gradient
-
-    def value_and_gradient(
-        self, function: str, inputs: Inputs, **options: Unpack[Options]
-    ) -> tuple[Any, Any]:
-        """Evaluates a scalar function and its gradient [n] in one pass."""
-        result = self.evaluate(
-            function, inputs, quantities=("value", "gradient"), **options
-        )
-        return result.value, result.gradient
-
-    def determinant(
-        self, function: str, inputs: Inputs, **options: Unpack[Options]
-    ) -> Array:
-        """Evaluates det J of a function with m = n."""
-        return self.evaluate(
-            function, inputs, quantities="determinant", **options
-        ).determinant
-
-    def abs_determinant(
-        self, function: str, inputs: Inputs, **options: Unpack[Options]
-    ) -> Array:
-        """Evaluates |det J|, the factor of a change of variables."""
-        return self.evaluate(
-            function, inputs, quantities="abs_determinant", **options
-        ).abs_determinant
-
-    def slogdet(
-        self, function: str, inputs: Inputs, **options: Unpack[Options]
-    ) -> tuple[Array, Array]:
-        """Evaluates the sign of det J and log |det J|, which can't overflow."""
-        return self.evaluate(function, inputs, quantities="slogdet", **options).slogdet
-
-    def jvp(
-        self,
-        function: str,
-        inputs: Inputs,
-        tangents: Inputs,
-        **options: Unpack[Options],
-    ) -> Any:
-        """Evaluates J v [m], by forward mode.
-
-        `tangents` is v, [n] or [k, n] for k at once; see EvaluateOptions.
-        """
-        return self.evaluate(
-            function, inputs, quantities="jvp", tangents=tangents, **options
-        ).jvp
-
-    def vjp(
-        self,
-        function: str,
-        inputs: Inputs,
-        cotangents: Any,
-        **options: Unpack[Options],
-    ) -> Any:
-        """Evaluates u^T J [n], by reverse mode.
-
-        `cotangents` is u, [m] or [k, m] for k at once; see EvaluateOptions.
-        """
-        return self.evaluate(
-            function, inputs, quantities="vjp", cotangents=cotangents, **options
-        ).vjp
-
-    def hessian(self, function: str, inputs: Inputs, **options: Unpack[Options]) -> Any:
-        """Evaluates the Hessian H [n, n] of a scalar function.
-
-        In the blocks layout, second derivatives of any function.
-        """
-        return self.evaluate(function, inputs, quantities="hessian", **options).hessian
-
-    def hvp(
-        self,
-        function: str,
-        inputs: Inputs,
-        tangents: Inputs,
-        **options: Unpack[Options],
-    ) -> Any:
-        """Evaluates H v [n] of a scalar function.
-
-        `tangents` is v, [n] or [k, n] for k at once; see EvaluateOptions.
-        """
-        return self.evaluate(
-            function, inputs, quantities="hvp", tangents=tangents, **options
-        ).hvp
-
-    def newton_step(
-        self, function: str, inputs: Inputs, **options: Unpack[Options]
-    ) -> Any:
-        """Evaluates s [n] with J s = -f(x), by least squares when m != n.
-
-        NaN where a square J is singular.
-        """
-        return self.evaluate(
-            function, inputs, quantities="newton_step", **options
-        ).newton_step
-
-    def singular_values(
-        self, function: str, inputs: Inputs, **options: Unpack[Options]
-    ) -> Array:
-        """Evaluates the singular values of J, the largest first."""
-        return self.evaluate(
-            function, inputs, quantities="singular_values", **options
-        ).singular_values
-
-    def condition_number(
-        self, function: str, inputs: Inputs, **options: Unpack[Options]
-    ) -> Array:
-        """Evaluates the largest singular value of J over the smallest."""
-        return self.evaluate(
-            function, inputs, quantities="condition_number", **options
-        ).condition_number
+    def _send(self, timeout_s: float | None, step: Step) -> Answer:
+        ask = step.ask
+        try:
+            if not step.is_streamed:
+                return self._evaluate(ask.to_bytes(), timeout=timeout_s)
+            receiver = Receiver()
+            call: Any = self._evaluate_stream(ask.to_parts(), timeout=timeout_s)
+            try:
+                for raw in call:
+                    receiver.feed(raw)
+            finally:
+                call.cancel()  # It has ended already, unless something was raised.
+            return receiver.received()
+        except grpc.RpcError as error:
+            raise from_rpc_error(cast("grpc.Call", error), self._target) from error

@@ -153,13 +153,38 @@ def from_rpc_error(error: grpc.Call, target: str) -> JacobianError:
     Returns:
         The exception to raise.
     """
-    code = error.code().name
-    details = _Details(error.trailing_metadata())
-    info = details.find(error_details_pb2.ErrorInfo)
-    request = details.find(error_details_pb2.RequestInfo)
-    violations = details.find(error_details_pb2.BadRequest).field_violations
+    status = status_pb2.Status()
+    for key, value in cast("Any", error.trailing_metadata()) or ():
+        if key == "grpc-status-details-bin":
+            try:
+                status.ParseFromString(value)
+            except DecodeError:
+                status.Clear()
+    status.message = error.details() or ""
+    return _from_status(error.code().name, status, target)
+
+
+def from_status(status: status_pb2.Status, target: str) -> JacobianError:
+    """Makes an exception of a failure that came as a message.
+
+    Args:
+        status: The failure.
+        target: The address called, for messages.
+
+    Returns:
+        The exception to raise.
+    """
+    names = {code.value[0]: code.name for code in grpc.StatusCode}
+    return _from_status(names.get(status.code, "UNKNOWN"), status, target)
+
+
+def _from_status(code: str, status: status_pb2.Status, target: str) -> JacobianError:
+    info = _detail(status, error_details_pb2.ErrorInfo)
+    request = _detail(status, error_details_pb2.RequestInfo)
+    violations = _detail(status, error_details_pb2.BadRequest).field_violations
+    message = status.message or code
     exception = BY_REASON.get(info.reason, BY_CODE.get(code, JacobianError))(
-        error.details() or code,
+        message if info.reason else _without_reason(code, message, target),
         code=code,
         reason=info.reason,
         metadata=info.metadata,
@@ -167,10 +192,8 @@ def from_rpc_error(error: grpc.Call, target: str) -> JacobianError:
         request_id=request.request_id,
     )
     if isinstance(exception, OverloadedError):
-        retry = details.find(error_details_pb2.RetryInfo)
+        retry = _detail(status, error_details_pb2.RetryInfo)
         exception.retry_after_s = retry.retry_delay.ToTimedelta().total_seconds()
-    if not info.reason:
-        exception.args = (_without_reason(code, error.details() or code, target),)
     return exception
 
 
@@ -179,7 +202,7 @@ def _without_reason(code: str, message: str, target: str) -> str:
     hints: Mapping[str, Callable[[], str]] = {
         "RESOURCE_EXHAUSTED": lambda: (
             f"{message}. Send fewer points at once, or raise the server's "
-            "max_message_bytes."
+            "max_payload_bytes."
         ),
         "UNAVAILABLE": lambda: (
             f"No server answers at {target} ({message}). Start one with "
@@ -200,22 +223,10 @@ def _without_reason(code: str, message: str, target: str) -> str:
 _M = TypeVar("_M", bound=Message)
 
 
-class _Details:
-    """The google.rpc.Status details of a failed call."""
-
-    def __init__(self, trailing_metadata: Any) -> None:
-        self._status = status_pb2.Status()
-        for key, value in trailing_metadata or ():
-            if key == "grpc-status-details-bin":
-                try:
-                    self._status.ParseFromString(value)
-                except DecodeError:
-                    self._status.Clear()
-
-    def find(self, kind: type[_M]) -> _M:
-        """Returns the first detail of a kind; an empty one when there is none."""
-        found = kind()
-        for detail in self._status.details:
-            if detail.Unpack(found):
-                break
-        return found
+def _detail(status: status_pb2.Status, kind: type[_M]) -> _M:
+    """Returns the first detail of a kind; an empty one when there is none."""
+    found = kind()
+    for detail in status.details:
+        if detail.Unpack(found):
+            break
+    return found

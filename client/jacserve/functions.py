@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
-from jacserve import trees
+from jacserve import framing, trees
 from jacserve.sparse import Pattern, decode_pattern
 from jacserve.tensors import format_shape
 from jacserve.v1 import jacobian_pb2 as pb
@@ -181,10 +181,18 @@ def decode_function(message: pb.Function) -> FunctionInfo:
     )
 
 
-def decode_sparsity(message: pb.Sparsity) -> Sparsity:
-    """Decodes a pattern and what it costs."""
+def decode_sparsity(raw: bytes) -> Sparsity:
+    """Decodes a pattern and what it costs.
+
+    Args:
+        raw: A serialized pb.Sparsity.
+
+    Returns:
+        The pattern.
+    """
+    message, payloads = framing.opened(raw, pb.Sparsity)
     return Sparsity(
-        pattern=decode_pattern(message.pattern),
+        pattern=decode_pattern(message.pattern, iter(payloads)),
         color_count=message.color_count,
         mode=cast("Mode", word(MODES, message.mode)),
         inputs=message.inputs,

@@ -1,13 +1,20 @@
-"""What a call asks for, as a `Query` message: shared by both clients."""
+"""What a call asks for, as a `Query` message: shared by all clients."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar
 
+import numpy as np
 import numpy.typing as npt
 
 from jacserve import tensors, trees
 from jacserve.errors import InvalidRequestError
+from jacserve.framing import PIECE_BYTES, Frame
+from jacserve.sparse import SparseLayout
+from jacserve.streaming import parts
+from jacserve.tensors import Array
 from jacserve.v1 import jacobian_pb2 as pb
 from jacserve.vocabulary import (
     LAYOUTS,
@@ -40,6 +47,9 @@ class Options(TypedDict, total=False):
             "csr" and "coo" are sparse, and "csr" is the default of mode "sparse".
         cast: Lets the server convert inputs whose dtype the function does not
             accept; otherwise they are refused.
+        exact: Has the same query give the same numbers, to the bit, whatever else
+            the server is asked; otherwise a point may be computed in one batch with
+            others' points.
         require_finite: Raises NonFiniteError when the result has NaN or Inf;
             otherwise `Result.finite` says so.
         timeout_s: Seconds for the whole call, queueing and compilation included.
@@ -51,6 +61,7 @@ class Options(TypedDict, total=False):
     layout: Layout
     cast: bool
     require_finite: bool
+    exact: bool
     timeout_s: float | None
 
 
@@ -70,34 +81,184 @@ class EvaluateOptions(Options, total=False):
     cotangents: Any
 
 
-def encode_query(
+class Form:
+    """All of a query but its numbers, as many queries share it.
+
+    Attributes:
+        query: The hollow message; never changed.
+        frame: The message around the numbers.
+        size_bytes: How many bytes the numbers take.
+        is_streamed: Whether its answer is known to be too large for one message.
+    """
+
+    __slots__ = ("frame", "is_streamed", "query", "size_bytes")
+
+    def __init__(self, query: pb.Query, size_bytes: int) -> None:
+        """Makes the frame."""
+        self.query = query
+        self.frame = Frame(query)
+        self.size_bytes = size_bytes
+        self.is_streamed = size_bytes > PIECE_BYTES
+
+    @property
+    def sparse_layout(self) -> SparseLayout | None:
+        """The layout of sparse matrices, if the query asks for them."""
+        query = self.query
+        if query.layout == pb.LAYOUT_COO:
+            return "coo"
+        is_default = (
+            query.layout == pb.LAYOUT_UNSPECIFIED and query.mode == pb.MODE_SPARSE
+        )
+        return "csr" if query.layout == pb.LAYOUT_CSR or is_default else None
+
+    def naming(self, patterns: Iterable[str]) -> "Form":
+        """Returns the form that names these sparsity patterns."""
+        query = pb.Query()
+        query.CopyFrom(self.query)
+        query.patterns[:] = patterns
+        named = Form(query, self.size_bytes)
+        named.is_streamed = self.is_streamed
+        return named
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ask:
+    """A query, ready to be sent.
+
+    Attributes:
+        form: What it says.
+        arrays: Its arrays; those that have any bytes.
+    """
+
+    form: Form
+    arrays: list[Array]
+
+    def to_bytes(self) -> bytes:
+        """Returns the whole message."""
+        return self.form.frame.filled(map(tensors.buffer_of, self.arrays))
+
+    def to_parts(self) -> Iterator[bytes]:
+        """Yields the message in parts, for EvaluateStream."""
+        return parts(self.form.query, list(map(tensors.bytes_of, self.arrays)))
+
+
+class QueryEncoder:
+    """Makes asks, and remembers the forms of those that differ in numbers alone."""
+
+    _CAPACITY = 256
+
+    def __init__(self) -> None:
+        """Remembers nothing yet."""
+        self._forms: dict[Any, Form] = {}
+
+    def encode(
+        self,
+        function: str,
+        inputs: Inputs,
+        quantities: Quantity | Sequence[Quantity],
+        options: EvaluateOptions,
+    ) -> Ask:
+        """Makes what is to be sent.
+
+        Args:
+            function: The function's name, with a version or without.
+            inputs: One array, a tuple of arrays in declared order, or a mapping of
+                arrays by argument name.
+            quantities: What to compute; one or several.
+            options: How to answer.
+
+        Returns:
+            The ask; it has the very arrays where it was given arrays.
+
+        Raises:
+            InvalidRequestError: A word or an array can't be sent.
+            TypeError: There is no such option, or a value is of the wrong type.
+        """
+        if not options.keys() <= _OPTIONS:
+            unknown = options.keys() - _OPTIONS
+            raise TypeError(
+                f"there is no option {', '.join(sorted(unknown))}; there are "
+                f"{', '.join(EvaluateOptions.__annotations__)}"
+            )
+        given = _given(inputs, options)
+        kind = (
+            function,
+            quantities if isinstance(quantities, str) else (*quantities,),
+            *([_settled(options.get(name)) for name in _SETTINGS] if options else ()),
+            *[(group, label, x.dtype, x.shape) for group, label, x in given],
+        )
+        try:
+            form = self._forms.get(kind)
+        except TypeError:  # Something in it is of a type that is refused below.
+            form = None
+        if form is None:
+            form = _form(function, quantities, options, given)
+            if len(self._forms) >= self._CAPACITY:
+                self._forms = {}
+            self._forms[kind] = form
+        return Ask(form, [x for _, _, x in given if x.size])
+
+
+_OPTIONS = EvaluateOptions.__annotations__.keys()
+_SETTINGS = ("wrt", "mode", "layout", "cast", "require_finite", "exact")
+
+# Which part of the query an array belongs to, how the part calls it, and the array.
+_Given = tuple[str, Any, Array]
+
+
+def _settled(value: Any) -> Any:
+    """Returns an option in a form that can be compared, and is of its own type."""
+    if isinstance(value, list):
+        return (*value,)
+    return (type(value), value) if isinstance(value, int | float) else value
+
+
+def _given(inputs: Inputs, options: EvaluateOptions) -> list[_Given]:
+    found = _arrays("inputs", _named("inputs", inputs))
+    if "tangents" in options:
+        found += _arrays("tangents", _named("tangents", options["tangents"]))
+    if "cotangents" in options:
+        tree = options["cotangents"]
+        # A list is an array here, as everywhere: only tuples and mappings are trees.
+        is_tree = isinstance(tree, tuple | Mapping)
+        leaves = trees.flatten(tree) if is_tree else [((), tree)]
+        found += _arrays("cotangents", leaves)
+    return found
+
+
+def _arrays(group: str, labelled: Iterable[tuple[Any, Any]]) -> list[_Given]:
+    found: list[_Given] = []
+    for label, value in labelled:
+        try:
+            found.append((group, label, np.asarray(value)))
+        except (TypeError, ValueError) as error:
+            raise _not_an_array(group, len(found), label, error) from error
+    return found
+
+
+def _not_an_array(
+    group: str, place: int, label: Any, error: Exception
+) -> InvalidRequestError:
+    if group == "cotangents":
+        words = f"cotangent {trees.format_path(label)}"
+    elif group == "tangents":
+        words = f"tangent {label}"
+    else:
+        words = label or f"input {place}"
+    return InvalidRequestError(
+        f"{words.strip()}: {error}",
+        code="INVALID_ARGUMENT",
+        reason="DTYPE_MISMATCH",
+        field=f"{group}[{place}].tensor.dtype",
+    )
+
+
+def _form(
     function: str,
-    inputs: Inputs,
     quantities: Quantity | Sequence[Quantity],
     options: EvaluateOptions,
-) -> pb.Query:
-    """Builds the message.
-
-    Args:
-        function: The function's name, with a version or without.
-        inputs: One array, a tuple of arrays in declared order, or a mapping of
-            arrays by argument name.
-        quantities: What to compute; one or several.
-        options: How to answer.
-
-    Returns:
-        The message.
-
-    Raises:
-        InvalidRequestError: A word or an array can't be sent.
-        TypeError: There is no such option, or a value is of the wrong type.
-    """
-    unknown = options.keys() - EvaluateOptions.__annotations__.keys()
-    if unknown:
-        raise TypeError(
-            f"there is no option {', '.join(sorted(unknown))}; there are "
-            f"{', '.join(EvaluateOptions.__annotations__)}"
-        )
+    given: Iterable[_Given],
+) -> Form:
     query = pb.Query(
         function=_checked("function", function, str),
         quantities=[
@@ -110,20 +271,27 @@ def encode_query(
         require_finite=_checked(
             "require_finite", options.get("require_finite", False), bool
         ),
+        exact=_checked("exact", options.get("exact", False), bool),
     )
     if "layout" in options:
         query.layout = _number(LAYOUTS, "layout", options["layout"])
-    # In place: a message made beforehand would be copied, bytes and all.
-    for place, (name, array) in enumerate(_named("inputs", inputs)):
-        tensor = query.inputs.add(name=name).tensor
-        _encode(tensor, array, name or f"input {place}", f"inputs[{place}]")
-    if "tangents" in options:
-        for place, (name, array) in enumerate(_named("tangents", options["tangents"])):
-            tensor = query.tangents.add(name=name).tensor
-            _encode(tensor, array, f"tangent {name}".strip(), f"tangents[{place}]")
-    if "cotangents" in options:
-        _encode_cotangents(query, options["cotangents"])
-    return query
+    places: Counter[str] = Counter()
+    size_bytes = 0
+    for group, label, x in given:
+        place = places[group]
+        places[group] += 1
+        if group == "cotangents":
+            entry = query.cotangents.add(path=trees.encode_path(label))
+        elif group == "tangents":
+            entry = query.tangents.add(name=label)
+        else:
+            entry = query.inputs.add(name=label)
+        try:
+            tensors.describe_into(entry.tensor, x)
+        except (TypeError, ValueError) as error:
+            raise _not_an_array(group, place, label, error) from error
+        size_bytes += x.nbytes
+    return Form(query, size_bytes)
 
 
 def encode_sparsity_request(
@@ -167,28 +335,6 @@ def _size(name: str, size: int) -> int:
             field="sizes",
         )
     return size
-
-
-def _encode_cotangents(query: pb.Query, cotangents: Any) -> None:
-    # A list is an array here, as everywhere: only tuples and mappings are trees.
-    is_tree = isinstance(cotangents, tuple | Mapping)
-    leaves = trees.flatten(cotangents) if is_tree else [((), cotangents)]
-    for place, (path, array) in enumerate(leaves):
-        cotangent = query.cotangents.add(path=trees.encode_path(path))
-        label = f"cotangent {trees.format_path(path)}".strip()
-        _encode(cotangent.tensor, array, label, f"cotangents[{place}]")
-
-
-def _encode(tensor: pb.Tensor, array: Any, label: str, field: str) -> None:
-    try:
-        tensors.encode_into(tensor, array)
-    except (TypeError, ValueError) as error:
-        raise InvalidRequestError(
-            f"{label}: {error}",
-            code="INVALID_ARGUMENT",
-            reason="DTYPE_MISMATCH",
-            field=f"{field}.tensor.dtype",
-        ) from error
 
 
 def timeout_of(timeout_s: float | None, default_s: float | None) -> float | None:

@@ -1,14 +1,17 @@
 """`Result` messages as values with arrays."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 from typing import Any, cast
 
 from google.protobuf.duration_pb2 import Duration
 
-from jacserve import sparse, tensors, trees
+from jacserve import framing, sparse, trees
+from jacserve.framing import Recognizer
 from jacserve.sparse import Pattern, SparseLayout, SparseMatrix, decode_pattern
-from jacserve.tensors import Array
+from jacserve.tensors import Array, TensorSpec, spec_of
 from jacserve.v1 import jacobian_pb2 as pb
 from jacserve.vocabulary import MODES, QUANTITIES, Mode, word
 
@@ -45,7 +48,9 @@ class Result:
         finite: Whether every number of the answer is finite.
         device: The device that ran it, such as "cpu:0".
         bucket: The rows computed: the batch padded to a bucket; None for one point.
-        timing: Where the time went.
+        coalesced_count: How many queries one run of the program answered.
+        sparse_layout: The layout of its sparse matrices; None where there are none.
+        shared_patterns: Those of their patterns that hold for every point.
     """
 
     function: str
@@ -56,14 +61,20 @@ class Result:
     finite: bool
     device: str
     bucket: int | None
-    timing: Timing
-    sparse_layout: SparseLayout | None = None
+    coalesced_count: int
+    sparse_layout: SparseLayout | None
+    shared_patterns: Sequence[Pattern]
+    _timing: bytes
 
     @property
-    def patterns(self) -> list[Pattern]:
-        """The patterns of its sparse matrices."""
-        matrices = self.quantities.values()
-        return [m.pattern for m in matrices if isinstance(m, SparseMatrix)]
+    def timing(self) -> Timing:
+        """Where the server's time went."""
+        timing = pb.Timing.FromString(self._timing)
+        return Timing(
+            queue_s=_seconds(timing.queue_duration),
+            compile_s=_seconds(timing.compile_duration),
+            execute_s=_seconds(timing.execute_duration),
+        )
 
     @property
     def mode(self) -> Mode | None:
@@ -184,59 +195,167 @@ class Result:
         return f"<Result {self.function} {shown} mode={self.mode} on {self.device}>"
 
 
-def decode_result(
-    message: pb.Result, query: pb.Query, known: Mapping[str, Pattern]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Leaf:
+    """One array of an answer, but for its numbers."""
+
+    quantity: str
+    path: trees.Path
+    spec: TensorSpec
+    size_bytes: int
+    pattern: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Outline:
+    """An answer, but for its numbers and its timing."""
+
+    function: str
+    leaves: tuple[_Leaf, ...]
+    modes: Mapping[str, Mode]
+    chunk_size: int | None
+    measured: bool
+    finite: bool
+    device: str
+    bucket: int | None
+    coalesced_count: int
+
+
+_TIMING = pb.Result.TIMING_FIELD_NUMBER
+_NO_PATTERNS: Mapping[str, Pattern] = MappingProxyType({})
+
+
+class ResultDecoder:
+    """Decodes answers, and remembers those that differ in numbers alone."""
+
+    def __init__(self) -> None:
+        """Remembers nothing yet."""
+        self._recognizer = Recognizer[_Outline](capacity=256)
+
+    def decode(
+        self,
+        raw: bytes,
+        layout: SparseLayout | None = None,
+        known: Mapping[str, Pattern] = _NO_PATTERNS,
+    ) -> Result:
+        """Decodes an answer.
+
+        Args:
+            raw: A serialized pb.Result.
+            layout: The sparse layout that was asked for, if any.
+            known: The patterns that the query named, by hash.
+
+        Returns:
+            The answer, with writable arrays of its own.
+        """
+        if layout is None and (found := self._recognizer.find(raw)):
+            outline, (timing, *payloads) = found
+            return _result(outline, iter(payloads), bytes(timing), None, known)
+        message, payloads = framing.opened(raw, pb.Result)
+        if layout is None:
+            self._learn(raw, message)
+        return decode_opened(message, payloads, layout, known)
+
+    def _learn(self, raw: bytes, message: pb.Result) -> None:
+        timings = [f for f in framing.fields(raw, 0, len(raw)) if f.number == _TIMING]
+        _, holes = framing.cut(raw, pb.Result)
+        spans = [(f.start, f.stop) for f in timings]
+        spans += [(hole.start, hole.start + hole.size) for hole in holes if hole.start]
+        # Where the timing comes first, as jacserve's servers send it.
+        if len(timings) == 1 and sorted(spans) == spans:
+            self._recognizer.learn(raw, spans, _outline(message))
+
+
+def decode_opened(
+    message: pb.Result,
+    payloads: Iterable[Any],
+    layout: SparseLayout | None = None,
+    known: Mapping[str, Pattern] = _NO_PATTERNS,
 ) -> Result:
-    """Decodes an answer.
+    """Decodes an answer whose bytes are apart.
 
     Args:
-        message: The message.
-        query: What it answers.
+        message: The hollow message.
+        payloads: The bytes of its tensors; those that can be written to become the
+            answer's arrays, others are copied.
+        layout: The sparse layout that was asked for, if any.
         known: The patterns that the query named, by hash.
 
     Returns:
-        The answer, with writable arrays of its own.
+        The answer.
     """
-    layout = _sparse_layout(query)
-    patterns = dict(known)
-    patterns.update((p.hash, decode_pattern(p)) for p in message.patterns)
-    leaves: dict[str, list[tuple[trees.Path, Any]]] = {}
+    timing = message.timing.SerializeToString()
+    return _result(_outline(message), iter(payloads), timing, layout, known, message)
+
+
+def _outline(message: pb.Result) -> _Outline:
+    leaves: list[_Leaf] = []
     modes: dict[str, Mode] = {}
     for output in message.outputs:
-        quantity = word(QUANTITIES, output.quantity)
-        array: Any = tensors.decode(output.tensor).copy()
-        if output.pattern:
-            array = SparseMatrix(array, patterns[output.pattern])
-        elif layout and quantity in {"jacobian", "hessian"}:
-            # Sparse mode was not the way to it; the caller asked for one type.
-            array = sparse.from_dense(array)
-        leaves.setdefault(quantity, []).append((trees.decode_path(output.path), array))
+        quantity, size = word(QUANTITIES, output.quantity), output.tensor.streamed_bytes
+        spec, path = spec_of(output.tensor, size), trees.decode_path(output.path)
+        leaves.append(_Leaf(quantity, path, spec, size, output.pattern))
         if output.mode:
             modes[quantity] = cast("Mode", word(MODES, output.mode))
-    return Result(
+    return _Outline(
         function=message.function.removeprefix("functions/"),
-        quantities={name: trees.unflatten(found) for name, found in leaves.items()},
+        leaves=tuple(leaves),
         modes=modes,
         chunk_size=message.chunk_size or None,
         measured=message.measured,
         finite=message.finite,
         device=message.device,
         bucket=message.bucket if message.HasField("bucket") else None,
-        timing=Timing(
-            queue_s=_seconds(message.timing.queue_duration),
-            compile_s=_seconds(message.timing.compile_duration),
-            execute_s=_seconds(message.timing.execute_duration),
-        ),
-        sparse_layout=layout,
+        coalesced_count=message.coalesced_count,
     )
+
+
+def _result(
+    outline: _Outline,
+    payloads: Iterator[Any],
+    timing: bytes,
+    layout: SparseLayout | None,
+    known: Mapping[str, Pattern],
+    message: pb.Result | None = None,
+) -> Result:
+    arrays: list[Any] = []
+    for leaf in outline.leaves:
+        array = leaf.spec.array(next(payloads) if leaf.size_bytes else b"")
+        arrays.append(array if array.flags.writeable else array.copy())
+    patterns: Mapping[str, Pattern] = {}
+    if layout and message is not None:
+        found = [decode_pattern(pattern, payloads) for pattern in message.patterns]
+        every = {**known, **{pattern.hash: pattern for pattern in found}}
+        patterns = {
+            leaf.pattern: every[leaf.pattern] for leaf in outline.leaves if leaf.pattern
+        }
+        arrays = list(map(partial(_sparse, patterns), outline.leaves, arrays))
+    leaves: dict[str, list[tuple[trees.Path, Any]]] = {}
+    for leaf, array in zip(outline.leaves, arrays, strict=True):
+        leaves.setdefault(leaf.quantity, []).append((leaf.path, array))
+    return Result(
+        function=outline.function,
+        quantities={name: trees.unflatten(found) for name, found in leaves.items()},
+        modes=outline.modes,
+        chunk_size=outline.chunk_size,
+        measured=outline.measured,
+        finite=outline.finite,
+        device=outline.device,
+        bucket=outline.bucket,
+        coalesced_count=outline.coalesced_count,
+        sparse_layout=layout,
+        shared_patterns=tuple(patterns.values()),
+        _timing=timing,
+    )
+
+
+def _sparse(patterns: Mapping[str, Pattern], leaf: _Leaf, array: Array) -> Any:
+    if leaf.pattern:
+        return SparseMatrix(array, patterns[leaf.pattern])
+    # Where sparse mode was not the way to it, the caller still asked for one type.
+    is_matrix = leaf.quantity in {"jacobian", "hessian"}
+    return sparse.from_dense(array) if is_matrix else array
 
 
 def _seconds(duration: Duration) -> float:
     return duration.seconds + duration.nanos * 1e-9
-
-
-def _sparse_layout(query: pb.Query) -> SparseLayout | None:
-    if query.layout == pb.LAYOUT_COO:
-        return "coo"
-    is_default = query.layout == pb.LAYOUT_UNSPECIFIED and query.mode == pb.MODE_SPARSE
-    return "csr" if query.layout == pb.LAYOUT_CSR or is_default else None

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import numpy as np
 
 from jacserve import tensors
-from jacserve.errors import PreconditionError
 from jacserve.tensors import Array
 from jacserve.v1 import jacobian_pb2 as pb
 
@@ -189,36 +188,49 @@ def from_dense(array: Array) -> SparseMatrix:
     return SparseMatrix(array[..., rows, columns], Pattern.of((m, n), rows, columns))
 
 
-def encode_pattern(pattern: Pattern, layout: str) -> pb.Pattern:
-    """Encodes a pattern.
+def describe_pattern(pattern: Pattern, layout: str) -> tuple[pb.Pattern, list[Array]]:
+    """Describes a pattern, whose indices are to go on the wire apart.
 
     Args:
         pattern: The pattern.
         layout: "csr" leaves out the rows, "coo" the starts of the rows.
 
     Returns:
-        The message.
+        The hollow message, and the bytes of its tensors in the order of its fields.
     """
     m, n = pattern.shape
     message = pb.Pattern(hash=pattern.hash, row_count=m, column_count=n)
-    tensors.encode_into(message.columns, pattern.columns)
+    payloads = [tensors.describe_into(message.columns, pattern.columns)]
     if layout == "csr":
-        tensors.encode_into(message.row_starts, pattern.row_starts)
+        payloads.append(tensors.describe_into(message.row_starts, pattern.row_starts))
     else:
-        tensors.encode_into(message.rows, pattern.rows)
-    return message
+        payloads.append(tensors.describe_into(message.rows, pattern.rows))
+    return message, [payload for payload in payloads if payload.size]
 
 
-def decode_pattern(message: pb.Pattern) -> Pattern:
-    """Decodes a pattern."""
+def decode_pattern(message: pb.Pattern, payloads: Iterator[Any]) -> Pattern:
+    """Decodes a pattern.
+
+    Args:
+        message: The hollow message.
+        payloads: The bytes of its tensors come next in it.
+
+    Returns:
+        The pattern.
+    """
     m = message.row_count
+    columns = _indices(message.columns, payloads)
     if message.HasField("rows"):
-        rows = tensors.decode(message.rows)
+        rows = _indices(message.rows, payloads)
     else:
-        starts = tensors.decode(message.row_starts)
+        starts = _indices(message.row_starts, payloads)
         rows = np.repeat(np.arange(m, dtype=np.int32), np.diff(starts))
-    columns = tensors.decode(message.columns)
     return Pattern((m, message.column_count), rows, columns, message.hash)
+
+
+def _indices(tensor: pb.Tensor, payloads: Iterator[Any]) -> Array:
+    size = tensor.streamed_bytes
+    return tensors.spec_of(tensor, size).array(next(payloads) if size else b"")
 
 
 class PatternCache:
@@ -231,28 +243,14 @@ class PatternCache:
         self._lock = threading.Lock()
         self._known: OrderedDict[Any, Mapping[str, Pattern]] = OrderedDict()
 
-    def name_in(self, query: pb.Query) -> Mapping[str, Pattern]:
-        """Names in a query the patterns that its like had before.
-
-        Args:
-            query: The query.
-
-        Returns:
-            The patterns named, by hash.
-        """
-        if not self._known:
-            return {}
+    def find(self, query: pb.Query) -> Mapping[str, Pattern]:
+        """Returns the patterns that the like of a query had before, by hash."""
         with self._lock:
-            known = self._known.get(_signature(query), {})
-        query.patterns.extend(known)
-        return known
+            return self._known.get(_signature(query), {})
 
-    def learn(
-        self, query: pb.Query, answer: pb.Result, patterns: Iterable[Pattern]
-    ) -> None:
-        """Keeps those patterns that an answer came with, or was spared."""
-        named = {output.pattern for output in answer.outputs}
-        found = {each.hash: each for each in patterns if each.hash in named}
+    def learn(self, query: pb.Query, patterns: Iterable[Pattern]) -> None:
+        """Keeps the patterns that an answer came with, or was spared."""
+        found = {each.hash: each for each in patterns}
         if not found:
             return
         with self._lock:
@@ -261,29 +259,10 @@ class PatternCache:
             while len(self._known) > self._CAPACITY:
                 self._known.popitem(last=False)
 
-    def recover(
-        self, query: pb.Query, error: PreconditionError
-    ) -> Mapping[str, Pattern]:
-        """Prepares a query to be asked again as if for the first time.
-
-        The server has another function than before under this name.
-
-        Args:
-            query: A query that named patterns.
-            error: How it failed.
-
-        Returns:
-            The patterns that it names now: none.
-
-        Raises:
-            PreconditionError: It failed for another reason; the error itself.
-        """
-        if error.reason != "PATTERN_UNKNOWN":
-            raise error
+    def forget(self, query: pb.Query) -> None:
+        """Forgets the patterns of a query's like: the server has others now."""
         with self._lock:
             self._known.pop(_signature(query), None)
-        del query.patterns[:]
-        return {}
 
 
 def _signature(query: pb.Query) -> Any:

@@ -9,6 +9,7 @@ import functools
 import importlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -105,11 +106,60 @@ def _on_the_wire(dtype: np.dtype[Any]) -> tuple[pb.DType, np.dtype[Any]]:
             f"dtype {dtype} can't be sent. Convert the array to one of "
             f"{', '.join(DTYPES)}."
         )
-    return DTYPES[dtype.name], dtype.newbyteorder("<")
+    little_endian = dtype.newbyteorder("<")
+    return DTYPES[dtype.name], dtype if little_endian == dtype else little_endian
+
+
+def describe_into(tensor: pb.Tensor, array: npt.ArrayLike) -> Array:
+    """Describes an array in a tensor, whose bytes are to go on the wire apart.
+
+    Args:
+        tensor: An empty message, in its place in the one to be sent.
+        array: Anything that numpy makes an array of, of a dtype of the contract.
+
+    Returns:
+        The bytes, `tensor.streamed_bytes` of them: a view of the array where it is
+        in C order and native byte order, else a copy.
+
+    Raises:
+        TypeError: The contract has no such dtype.
+    """
+    x = np.asarray(array)
+    tensor.dtype, _ = _on_the_wire(x.dtype)
+    tensor.shape.extend(x.shape)
+    tensor.streamed_bytes = x.nbytes
+    return bytes_of(x)
+
+
+def buffer_of(x: Array) -> Array:
+    """Returns a buffer of the elements of an array as they go on the wire.
+
+    Args:
+        x: An array of a dtype of the contract, whatever its strides and byte order.
+
+    Returns:
+        The array itself where possible, else as `bytes_of`.
+    """
+    is_plain = _on_the_wire(x.dtype)[1] is x.dtype and x.dtype.kind != "V"
+    return x if is_plain and x.flags.c_contiguous else bytes_of(x)
+
+
+def bytes_of(x: Array) -> Array:
+    """Returns the elements of an array as they go on the wire, as one row of bytes.
+
+    Args:
+        x: An array of a dtype of the contract, whatever its strides and byte order.
+
+    Returns:
+        uint8, a view where possible.
+    """
+    _, little_endian = _on_the_wire(x.dtype)
+    rows = np.ascontiguousarray(x, little_endian)
+    return rows.reshape(-1).view(np.uint8)
 
 
 def encode_into(tensor: pb.Tensor, array: npt.ArrayLike) -> None:
-    """Encodes an array, whatever its strides and byte order, in one copy.
+    """Encodes an array, whatever its strides and byte order, data and all.
 
     Args:
         tensor: An empty message, in its place in the one to be sent.
@@ -118,21 +168,59 @@ def encode_into(tensor: pb.Tensor, array: npt.ArrayLike) -> None:
     Raises:
         TypeError: The contract has no such dtype.
     """
-    x = np.asarray(array)
-    number, little_endian = _on_the_wire(x.dtype)
-    tensor.dtype = number
-    tensor.shape.extend(x.shape)
-    tensor.data = x.astype(little_endian, copy=False).tobytes()
+    tensor.data = describe_into(tensor, array).tobytes()
+    tensor.ClearField("streamed_bytes")
 
 
-def decode(tensor: pb.Tensor) -> Array:
-    """Decodes a tensor.
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What a tensor says of its bytes.
+
+    Attributes:
+        dtype: Its dtype, in native byte order.
+        shape: Its shape.
+    """
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    # The dtype on the wire; the very same where that is also this machine's.
+    _wire: np.dtype[Any] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Compares the byte orders once."""
+        wire = self.dtype.newbyteorder("<")
+        wire = self.dtype if wire == self.dtype else wire
+        object.__setattr__(self, "_wire", wire)
+
+    def array(self, data: Any) -> Array:
+        """Makes an array of a tensor's bytes.
+
+        Args:
+            data: A buffer of as many bytes as the spec was checked against.
+
+        Returns:
+            The array: a view of the buffer where this machine is little-endian.
+
+        Raises:
+            MalformedTensorError: A bool is neither 0 nor 1.
+        """
+        x: Array = np.ndarray(self.shape, self._wire, data)
+        if self.dtype.kind == "b" and (x.view(np.uint8) > 1).any():
+            raise MalformedTensorError(
+                "a bool is neither 0 nor 1. Send one byte for each."
+            )
+        return x if self._wire is self.dtype else x.astype(self.dtype)
+
+
+def spec_of(tensor: pb.Tensor, size_bytes: int) -> TensorSpec:
+    """Checks what a tensor says of its bytes, before anything is allocated.
 
     Args:
         tensor: The message, from anywhere.
+        size_bytes: How many bytes it has.
 
     Returns:
-        The array, read-only, in native byte order.
+        Its dtype and shape.
 
     Raises:
         MalformedTensorError: The message does not describe an array.
@@ -163,16 +251,29 @@ def decode(tensor: pb.Tensor) -> Array:
             f"the shape {format_shape(shape)} is larger than any array can be. "
             "Send the array's own shape."
         )
-    data = tensor.data  # Every access makes a new copy.
-    if len(data) != expected:
+    if size_bytes != expected:
         raise MalformedTensorError(
             f"shape {format_shape(shape)} of {name} takes {expected} bytes, but data "
-            f"has {len(data)}. Send raw little-endian elements in C order."
+            f"has {size_bytes}. Send raw little-endian elements in C order."
         )
-    if name == "bool" and data.translate(None, b"\x00\x01"):
-        raise MalformedTensorError("a bool is neither 0 nor 1. Send one byte for each.")
-    x = np.frombuffer(data, dtype.newbyteorder("<")).reshape(shape)
-    return x.astype(dtype, copy=False)
+    return TensorSpec(dtype, shape)
+
+
+def decode(tensor: pb.Tensor) -> Array:
+    """Decodes a tensor that has its data.
+
+    Args:
+        tensor: The message, from anywhere.
+
+    Returns:
+        The array, read-only, in native byte order.
+
+    Raises:
+        MalformedTensorError: The message does not describe an array.
+        ImportError: The tensor is bfloat16, and ml_dtypes is not installed.
+    """
+    data = tensor.data  # Every access makes a new copy.
+    return spec_of(tensor, len(data)).array(data)
 
 
 def format_shape(shape: tuple[Any, ...]) -> str:

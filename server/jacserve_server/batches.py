@@ -9,6 +9,7 @@ from jacserve.tensors import Array
 from jacserve_server.work import Work
 
 _TRUE = np.array(True)
+_FEW = 64
 
 
 def bucket_for(batch: int | None) -> int | None:
@@ -75,7 +76,13 @@ def _is_finite(array: Array) -> bool:
     if array.dtype.kind in "iub":
         return True
     # A sum is finite only if all terms are; where finite terms overflow it, the terms
-    # are looked at one by one.
+    # are looked at one by one. Of a few, Python's own sum is found sooner.
+    if array.size <= _FEW:
+        return cmath.isfinite(sum(array.reshape(-1).tolist())) or _all_finite(array)
     with np.errstate(over="ignore", invalid="ignore"):
         total: complex = np.add.reduce(array, axis=None)
-    return cmath.isfinite(total) or bool(np.isfinite(array).all())
+    return cmath.isfinite(total) or _all_finite(array)
+
+
+def _all_finite(array: Array) -> bool:
+    return bool(np.isfinite(array).all())

@@ -29,7 +29,8 @@ class Config(BaseSettings):
         max_programs: Compiled programs kept; the least recently used goes first.
         max_queries: Queries in flight; more are refused.
         max_queued_bytes: Bytes of requests in flight; more are refused.
-        max_message_bytes: The largest request, and the largest result.
+        max_payload_bytes: The most that the arrays of one query may take, and those
+            of one result.
         max_program_bytes: Device memory that one program may take, with arguments,
             results and intermediates; None for 3/4 of what there is.
         cache_dir: Folder for what outlives the process: compiled programs, measured
@@ -50,8 +51,8 @@ class Config(BaseSettings):
     compile_threads: int = Field(default=min(os.cpu_count() or 1, 2), ge=1)
     max_programs: int = Field(default=256, ge=1)
     max_queries: int = Field(default=1024, ge=1)
-    max_queued_bytes: int = Field(default=2**30, ge=2**10)
-    max_message_bytes: int = Field(default=64 * 2**20, ge=2**10, le=2**31 - 2**21)
+    max_queued_bytes: int = Field(default=2**31, ge=2**10)
+    max_payload_bytes: int = Field(default=2**30, ge=2**10)
     max_program_bytes: int | None = Field(default=None, ge=2**20)
     cache_dir: Path = Field(
         default_factory=lambda: platformdirs.user_cache_path("jacserve") / "1"

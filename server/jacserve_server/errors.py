@@ -37,6 +37,7 @@ Reason = Literal[
     "PATTERN_UNKNOWN",
     "STREAM_REQUIRED",
     "STREAM_BROKEN",
+    "QUERY_TOO_LARGE",
 ]
 CODES: Mapping[Reason, int] = MappingProxyType(
     {
@@ -63,6 +64,7 @@ CODES: Mapping[Reason, int] = MappingProxyType(
         "PATTERN_UNKNOWN": code_pb2.FAILED_PRECONDITION,
         "STREAM_REQUIRED": code_pb2.FAILED_PRECONDITION,
         "STREAM_BROKEN": code_pb2.INVALID_ARGUMENT,
+        "QUERY_TOO_LARGE": code_pb2.RESOURCE_EXHAUSTED,
     }
 )
 

@@ -1,14 +1,18 @@
 """Messages of the contract to the server's values, and back."""
 
-from collections.abc import Iterable, Mapping
-from typing import Literal, cast
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar, cast
 
+import numpy as np
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 
 from jacserve import sparse, tensors, trees
 from jacserve.dimensions import Dimension
+from jacserve.framing import bytes_field, number_field
 from jacserve.sparse import Pattern
-from jacserve.tensors import MalformedTensorError
+from jacserve.tensors import Array, MalformedTensorError
 from jacserve.v1 import jacobian_pb2 as pb
 from jacserve.vocabulary import (
     DTYPES,
@@ -29,15 +33,61 @@ from jacserve_server.work import InputSpec, Outcome, Sparsity, SparsityKey
 
 _MOST_ENTRIES = 1000
 
+M = TypeVar("M", bound=Message)
 
-def decode_query(message: pb.Query) -> Query:
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Hollow(Generic[M]):
+    """A message, and apart from it the bytes of its tensors.
+
+    Attributes:
+        message: The hollow message.
+        payloads: The bytes of those tensors that have any, each in one row, in the
+            order of the message's fields.
+    """
+
+    message: M
+    payloads: list[Array]
+
+
+# Makes the array of a tensor, which may be found unfit for it.
+ArrayMaker = Callable[[pb.Tensor], Array]
+
+
+def arrays_of(payloads: Iterable[Any]) -> ArrayMaker:
+    """Returns a maker of arrays from their bytes.
+
+    Args:
+        payloads: The bytes of a hollow message's tensors, of those that have any, in
+            the order of its fields.
+
+    Returns:
+        A function from each tensor in turn to its array, a view of the bytes.
+    """
+    left = iter(payloads)
+
+    def make(tensor: pb.Tensor) -> Array:
+        spec = tensors.spec_of(tensor, tensor.streamed_bytes)
+        return spec.array(next(left) if tensor.streamed_bytes else b"")
+
+    return make
+
+
+def placeholder(tensor: pb.Tensor) -> Array:
+    """Returns an array of zeros that takes no memory, before the bytes are there."""
+    spec = tensors.spec_of(tensor, tensor.streamed_bytes)
+    return np.broadcast_to(np.zeros((), spec.dtype), spec.shape)
+
+
+def decode_query(message: pb.Query, array: ArrayMaker) -> Query:
     """Decodes a query from anywhere.
 
     Args:
-        message: The message.
+        message: The hollow message.
+        array: Makes the arrays of its tensors, in the order of its fields.
 
     Returns:
-        The query; its arrays are read-only.
+        The query.
 
     Raises:
         ServiceError: A field has no valid value, or a tensor is malformed.
@@ -71,7 +121,7 @@ def decode_query(message: pb.Query) -> Query:
     return Query(
         function=message.function,
         inputs=tuple(
-            (given.name, _decode_tensor(given, given.name, f"inputs[{place}]"))
+            (given.name, _decode_tensor(given, given.name, f"inputs[{place}]", array))
             for place, given in enumerate(message.inputs)
         ),
         quantities=cast("tuple[Quantity, ...]", tuple(dict.fromkeys(quantities))),
@@ -83,17 +133,18 @@ def decode_query(message: pb.Query) -> Query:
         cast=message.cast,
         require_finite=message.require_finite,
         tangents=tuple(
-            (given.name, _decode_tensor(given, given.name, f"tangents[{place}]"))
+            (given.name, _decode_tensor(given, given.name, f"tangents[{place}]", array))
             for place, given in enumerate(message.tangents)
         ),
         cotangents=tuple(
             (
                 _decode_path(given, f"cotangents[{place}]"),
-                _decode_tensor(given, "", f"cotangents[{place}]"),
+                _decode_tensor(given, "", f"cotangents[{place}]", array),
             )
             for place, given in enumerate(message.cotangents)
         ),
         patterns=tuple(message.patterns),
+        exact=message.exact,
     )
 
 
@@ -132,7 +183,7 @@ def decode_sparsity_query(message: pb.GetSparsityRequest) -> SparsityQuery:
 
 def encode_sparsity(
     sparsity: Sparsity, sought: SparsityKey, function: FunctionSpec
-) -> pb.Sparsity:
+) -> Hollow[pb.Sparsity]:
     """Encodes a pattern and what it costs.
 
     Args:
@@ -143,12 +194,14 @@ def encode_sparsity(
     Returns:
         The message.
     """
-    return pb.Sparsity(
-        pattern=sparse.encode_pattern(sparsity.pattern, "coo"),
+    pattern, payloads = sparse.describe_pattern(sparsity.pattern, "coo")
+    message = pb.Sparsity(
+        pattern=pattern,
         color_count=sparsity.color_count,
         mode=MODES[sparsity.mode],
         inputs=describe_inputs(sought.inputs, function),
     )
+    return Hollow(message, payloads)
 
 
 def pattern_bytes(pattern: Pattern, layout: str) -> int:
@@ -183,10 +236,10 @@ def _decode_path(message: pb.Cotangent, field: str) -> trees.Path:
 
 
 def _decode_tensor(
-    message: pb.Input | pb.Cotangent, name: str, field: str
-) -> tensors.Array:
+    message: pb.Input | pb.Cotangent, name: str, field: str, array: ArrayMaker
+) -> Array:
     try:
-        return tensors.decode(message.tensor)
+        return array(message.tensor)
     except MalformedTensorError as error:
         label = name or field
         raise ServiceError(
@@ -210,34 +263,25 @@ def _word(words: Mapping[str, int], field: str, number: int) -> str:
         ) from None
 
 
-def encode_outcome(outcome: Outcome, query: Query) -> pb.Result:
-    """Encodes what came of a query.
+def encode_outcome(outcome: Outcome, query: Query) -> Hollow[pb.Result]:
+    """Encodes what all outcomes of a program and a query's like have in common.
 
     Args:
         outcome: What the scheduler returned.
         query: What the client asked for, and the patterns that it has.
 
     Returns:
-        The message.
+        The message, without what `encode_circumstances` encodes.
     """
     outline = outcome.outline
     result = pb.Result(
         function=f"functions/{outline.function}",
-        finite=bool(outcome.finite.all()),
         device=outline.device,
         bucket=outline.bucket,
         chunk_size=outline.strategy.chunk_size or 0,
         measured=outline.strategy.is_measured,
-        coalesced_count=outcome.coalesced_count,
     )
-    _set_duration(result.timing.queue_duration, outcome.queue_s)
-    _set_duration(result.timing.compile_duration, outcome.compile_s)
-    _set_duration(result.timing.execute_duration, outcome.execute_s)
-    for pattern in outline.patterns.values():
-        if pattern.hash not in query.patterns:
-            encoded = sparse.encode_pattern(pattern, query.layout)
-            result.patterns.append(encoded)
-    # In place: a message made beforehand would be copied, bytes and all.
+    payloads: list[Array] = []
     for asked in query.quantities:
         for (quantity, path), array in zip(outline.arrays, outcome.arrays, strict=True):
             if quantity == asked:
@@ -247,13 +291,56 @@ def encode_outcome(outcome: Outcome, query: Query) -> pb.Result:
                     output.mode = MODES[outline.modes[quantity]]
                 if quantity in outline.patterns:
                     output.pattern = outline.patterns[quantity].hash
-                tensors.encode_into(output.tensor, array)
-    return result
+                payloads.append(tensors.describe_into(output.tensor, array))
+    for pattern in outline.patterns.values():
+        if pattern.hash not in query.patterns:
+            message, indices = sparse.describe_pattern(pattern, query.layout)
+            result.patterns.append(message)
+            payloads += indices
+    return Hollow(result, [payload for payload in payloads if payload.size])
 
 
-def _set_duration(duration: Duration, seconds: float) -> None:
-    if seconds:
-        duration.seconds, duration.nanos = int(seconds), int(seconds % 1 * 1e9)
+def encode_circumstances(outcome: Outcome) -> bytes:
+    """Encodes what differs from one outcome to the next, but for the arrays.
+
+    By hand, because it is the only message that every answer has to make anew.
+
+    Args:
+        outcome: What the scheduler returned.
+
+    Returns:
+        The other fields of the message that `encode_outcome` makes, serialized.
+    """
+    finite = outcome.finite
+    is_finite = bool(finite) if finite.ndim == 0 else bool(finite.all())
+    timing = (
+        _duration(_TIMING.QUEUE_DURATION_FIELD_NUMBER, outcome.queue_s)
+        + _duration(_TIMING.COMPILE_DURATION_FIELD_NUMBER, outcome.compile_s)
+        + _duration(_TIMING.EXECUTE_DURATION_FIELD_NUMBER, outcome.execute_s)
+    )
+    return b"".join(
+        [
+            number_field(pb.Result.FINITE_FIELD_NUMBER, is_finite),
+            number_field(
+                pb.Result.COALESCED_COUNT_FIELD_NUMBER, outcome.coalesced_count
+            ),
+            bytes_field(pb.Result.TIMING_FIELD_NUMBER, len(timing)),
+            timing,
+        ]
+    )
+
+
+_TIMING = pb.Timing
+
+
+def _duration(field: int, duration_s: float) -> bytes:
+    if not duration_s:
+        return b""
+    seconds, rest_s = divmod(duration_s, 1.0)
+    value = number_field(Duration.SECONDS_FIELD_NUMBER, int(seconds)) + number_field(
+        Duration.NANOS_FIELD_NUMBER, int(rest_s * 1e9)
+    )
+    return bytes_field(field, len(value)) + value
 
 
 def encode_function(

@@ -5,8 +5,7 @@ memory or device time is spent.
 """
 
 import math
-from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jacserve.dimensions import DimensionError, size_of
@@ -46,42 +45,41 @@ class _Given:
         return self.array.shape[self.array.ndim - len(self.argument.shape) :]
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """A piece of work without its numbers; `order` says which array comes where."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """A piece of work without its numbers.
+
+    Attributes:
+        computation: What to compute.
+        batch: The rows; None for one point.
+        is_exact: Whether it must not be computed together with other work.
+        order: Which of the query's arrays comes where.
+    """
 
     computation: Computation
     batch: int | None
+    is_exact: bool
     order: tuple[int, ...]
 
-
-class Planner:
-    """Plans queries, and remembers the plans of those that differ in numbers alone."""
-
-    def __init__(self, *, capacity: int) -> None:
-        """Starts empty.
+    @staticmethod
+    def of(work: Work, query: Query) -> "Plan":
+        """Returns the plan by which a query became work.
 
         Args:
-            capacity: How many plans are remembered; the oldest goes first.
-        """
-        self._capacity = capacity
-        self._plans: OrderedDict[Hashable, _Plan] = OrderedDict()
+            work: The work.
+            query: The query, whose arrays have not been converted.
 
-    def plan(self, query: Query, function: FunctionSpec) -> Work:
-        """Fits a query to the function that it names; see `plan`."""
-        if query.cast:  # Whether numbers can be converted depends on them.
-            return plan(query, function)
-        kind, arrays = (function.qualified_name, query.kind), query.arrays
-        known = self._plans.get(kind)
-        if known is None:
-            work = plan(query, function)
-            places = {id(array): place for place, array in enumerate(arrays)}
-            order = tuple(places[id(array)] for array in work.arrays)
-            known = self._plans[kind] = _Plan(work.computation, work.batch, order)
-            if len(self._plans) > self._capacity:
-                self._plans.popitem(last=False)
-        ordered = tuple([arrays[place] for place in known.order])
-        return Work(known.computation, ordered, known.batch)
+        Returns:
+            What all queries that differ in numbers alone have in common.
+        """
+        places = {id(array): place for place, array in enumerate(query.arrays)}
+        order = tuple(places[id(array)] for array in work.arrays)
+        return Plan(work.computation, work.batch, work.is_exact, order)
+
+    def work(self, arrays: Sequence[Array]) -> Work:
+        """Returns the work of a query with these arrays."""
+        ordered = tuple([arrays[place] for place in self.order])
+        return Work(self.computation, ordered, self.batch, self.is_exact)
 
 
 def plan(query: Query, function: FunctionSpec) -> Work:
@@ -141,7 +139,7 @@ def plan(query: Query, function: FunctionSpec) -> Work:
         cotangents=vectors.cotangents,
     )
     arrays = (*(match.array for match in given), *vectors.arrays)
-    return Work(computation, arrays, batch)
+    return Work(computation, arrays, batch, query.exact)
 
 
 def plan_sparsity(sought: SparsityQuery, function: FunctionSpec) -> SparsityKey:

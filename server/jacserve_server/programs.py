@@ -90,7 +90,10 @@ class Program:
             ServiceError: The device failed.
         """
         try:
-            with jax.enable_x64(self.has_x64):
+            if self.has_x64:
+                with jax.enable_x64(True):
+                    arrays = self._executable(*inputs)
+            else:  # It makes no difference, and takes time.
                 arrays = self._executable(*inputs)
             # This waits, too, and in less time than jax.block_until_ready.
             return [np.asarray(array) for array in arrays]
@@ -325,7 +328,7 @@ def check_result_size(
             f"the result of functions/{function} at {points} points would take "
             f"{row_bytes * points} bytes, but this server sends at most "
             f"{limits.result_bytes}. Ask for fewer points at once or fewer quantities, "
-            "or raise the server's max_message_bytes.",
+            "or raise the server's max_payload_bytes.",
             function=f"functions/{function}",
             result_bytes=row_bytes * points,
             max_result_bytes=limits.result_bytes,

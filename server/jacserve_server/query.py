@@ -1,6 +1,6 @@
 """What a client asked, decoded: a `Query`, or a `SparsityQuery`."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +25,7 @@ class Query:
         tangents: Argument names ("" for all of n numbers) and arrays.
         cotangents: Result paths (empty for all of m numbers) and arrays.
         patterns: Hashes of the sparsity patterns that the client has.
+        exact: Whether it must not be computed together with other queries.
     """
 
     function: str
@@ -38,6 +39,7 @@ class Query:
     tangents: tuple[tuple[str, Array], ...] = ()
     cotangents: tuple[tuple[Path, Array], ...] = ()
     patterns: tuple[str, ...] = ()
+    exact: bool = False
 
     @property
     def arrays(self) -> list[Array]:
@@ -47,20 +49,6 @@ class Query:
             *(array for _, array in self.tangents),
             *(array for _, array in self.cotangents),
         ]
-
-    @property
-    def kind(self) -> Hashable:
-        """All that planning depends on, which is not the numbers."""
-        labelled = (*self.inputs, *self.tangents, *self.cotangents)
-        return (
-            self.quantities,
-            self.wrt,
-            self.mode,
-            self.layout,
-            len(self.inputs),
-            len(self.tangents),
-            *((label, array.dtype, array.shape) for label, array in labelled),
-        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

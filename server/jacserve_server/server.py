@@ -19,7 +19,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
+from jacserve.v1 import jacobian_pb2 as pb
 from jacserve_server import compile_cache
 from jacserve_server.catalog import Catalog
 from jacserve_server.config import Config
@@ -30,7 +30,7 @@ from jacserve_server.programs import Limits
 from jacserve_server.registration import build_catalog
 from jacserve_server.registry import Registry
 from jacserve_server.scheduler import Scheduler
-from jacserve_server.service import JacobianService
+from jacserve_server.service import JacobianService, add_to_server
 from jacserve_server.signature import FunctionSpec
 from jacserve_server.warmup import first_work, further_work
 from jacserve_server.work import Work
@@ -39,8 +39,8 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["JacobianService"].full_name
-# What a message needs beside the arrays: names, shapes and timing.
-_ENVELOPE_BYTES = 2**20
+# The largest message received; larger queries come in parts. It is gRPC's default.
+_MESSAGE_BYTES = 4 * 2**20
 
 
 class AddressError(Exception):
@@ -74,7 +74,7 @@ class Server:
             compile_threads=config.compile_threads,
             max_programs=config.max_programs,
             limits=Limits(
-                result_bytes=config.max_message_bytes,
+                result_bytes=config.max_payload_bytes,
                 program_bytes=config.max_program_bytes or memory_budget(device),
             ),
             measured=partial(measurements.find, device=device.device_kind),
@@ -92,24 +92,22 @@ class Server:
             for warm_up in function.warm_up
         ]
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
-        message_bytes = config.max_message_bytes + _ENVELOPE_BYTES
         self._server = grpc.aio.server(
             options=[
-                ("grpc.max_receive_message_length", message_bytes),
-                ("grpc.max_send_message_length", message_bytes),
+                ("grpc.max_receive_message_length", _MESSAGE_BYTES),
+                # What is sent is bounded by jacserve itself.
+                ("grpc.max_send_message_length", -1),
                 # Two servers on one port would silently share its callers.
                 ("grpc.so_reuseport", 0),
             ]
         )
-        pb_grpc.add_JacobianServiceServicer_to_server(
-            JacobianService(
-                catalog,
-                self._scheduler,
-                partial(measurements.of, device=device.device_kind),
-                config.max_message_bytes,
-            ),
-            self._server,
+        self._service = JacobianService(
+            catalog,
+            self._scheduler,
+            partial(measurements.of, device=device.device_kind),
+            config.max_payload_bytes,
         )
+        add_to_server(self._service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
             (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
@@ -187,6 +185,7 @@ class Server:
             is_drained = True
         except TimeoutError:
             is_drained = False
+        self._service.close_sessions()
         # A drained call has its answer, but may not have sent all of it yet.
         await self._server.stop(grace=max(deadline - time.monotonic(), 0.1))
         self._executor.close()

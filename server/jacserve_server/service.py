@@ -4,55 +4,70 @@ Of the gRPC context only what cluster proxies also offer is used: set_code,
 set_details and set_trailing_metadata.
 """
 
+import asyncio
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Mapping,
+    Sequence,
+)
+from contextlib import aclosing
+from typing import Any, TypeVar, cast
 
 import grpc
+import grpc.aio
 import numpy as np
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
 
-from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
+from jacserve.framing import PIECE_BYTES, Frame
+from jacserve.streaming import Assembly, StreamError
+from jacserve.v1 import jacobian_pb2 as pb
 from jacserve.vocabulary import Quantity
 from jacserve_server.catalog import Catalog
 from jacserve_server.errors import ServiceError
 from jacserve_server.measurements import Measurement
 from jacserve_server.messages import (
-    decode_query,
     decode_sparsity_query,
     encode_function,
-    encode_outcome,
     encode_sparsity,
     pattern_bytes,
     result_bytes,
 )
-from jacserve_server.planning import Planner, plan_sparsity
+from jacserve_server.planning import plan_sparsity
 from jacserve_server.query import Query
-from jacserve_server.scheduler import Scheduler
+from jacserve_server.replies import ReplyWriter
+from jacserve_server.requests import RequestReader
+from jacserve_server.scheduler import Scheduler, shutting_down
+from jacserve_server.sessions import Session
 from jacserve_server.signature import FunctionSpec
 from jacserve_server.work import Outcome
 
 _log = logging.getLogger(__name__)
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 _DEFAULT_PAGE, _LARGEST_PAGE = 100, 1000
-_MOST_PLANS = 1000
 
-M = TypeVar("M", bound=Message)
+M = TypeVar("M", bound=Message | bytes)
 
 
-class JacobianService(pb_grpc.JacobianServiceServicer):
-    """Answers the calls of the contract."""
+class JacobianService:
+    """Answers the calls of the contract.
+
+    Messages with tensors come and go serialized: see `add_to_server`.
+    """
 
     def __init__(
         self,
         catalog: Catalog,
         scheduler: Scheduler[Any],
         measured: Callable[[str], Sequence[Measurement]],
-        max_result_bytes: int,
+        max_payload_bytes: int,
     ) -> None:
         """Keeps its collaborators.
 
@@ -60,13 +75,17 @@ class JacobianService(pb_grpc.JacobianServiceServicer):
             catalog: The functions.
             scheduler: Executes queries.
             measured: Returns what was measured of a function, by its qualified name.
-            max_result_bytes: The most that an answer may take.
+            max_payload_bytes: The most that the arrays of a query may take, and those
+                of an answer.
         """
-        self._max_result_bytes = max_result_bytes
+        self._max_payload_bytes = max_payload_bytes
         self._catalog = catalog
         self._scheduler = scheduler
         self._measured = measured
-        self._planner = Planner(capacity=_MOST_PLANS)
+        self._reader = RequestReader(lambda name: catalog.find(name).spec)
+        self._writer = ReplyWriter()
+        self._sessions: set[asyncio.Task[Any]] = set()
+        self._is_closing = False
 
     async def ListFunctions(  # noqa: N802, D102
         self, request: pb.ListFunctionsRequest, context: Any
@@ -80,11 +99,47 @@ class JacobianService(pb_grpc.JacobianServiceServicer):
 
     async def GetSparsity(  # noqa: N802, D102
         self, request: pb.GetSparsityRequest, context: Any
-    ) -> pb.Sparsity:
-        return await _answer(context, pb.Sparsity, self._sparsity(request))
+    ) -> bytes:
+        return await _answer(context, bytes, self._sparsity(request, context.peer()))
 
-    async def Evaluate(self, request: pb.Query, context: Any) -> pb.Result:  # noqa: N802, D102
-        return await _answer(context, pb.Result, self._evaluate(request))
+    async def Evaluate(self, request: bytes, context: Any) -> bytes:  # noqa: N802, D102
+        return await _answer(context, bytes, self.evaluate(request, context.peer()))
+
+    async def EvaluateStream(  # noqa: N802, D102
+        self, requests: AsyncIterator[bytes], context: Any
+    ) -> AsyncIterator[bytes]:
+        try:
+            answer = self._evaluate_stream(requests, context.peer())
+            async with aclosing(answer) as parts:
+                async for part in parts:
+                    yield part
+        except Exception as error:
+            _set_error(context, *_explained(error))
+
+    async def Session(  # noqa: N802, D102
+        self, requests: AsyncIterator[bytes], context: Any
+    ) -> AsyncIterator[bytes]:
+        task = cast("asyncio.Task[Any]", asyncio.current_task())
+        self._sessions.add(task)
+        answerer = _Answerer(self, context.peer())
+        try:
+            async with aclosing(Session(answerer).answers(requests)) as answers:
+                async for answer in answers:
+                    yield answer
+        except asyncio.CancelledError:
+            if not self._is_closing:
+                raise
+            _set_error(context, shutting_down())
+        except Exception as error:
+            _set_error(context, *_explained(error))
+        finally:
+            self._sessions.discard(task)
+
+    def close_sessions(self) -> None:
+        """Ends the sessions that are open, as unavailable."""
+        self._is_closing = True
+        for task in self._sessions:
+            task.cancel()
 
     async def _list(self, request: pb.ListFunctionsRequest) -> pb.ListFunctionsResponse:
         specs = self._catalog.specs
@@ -118,39 +173,156 @@ class JacobianService(pb_grpc.JacobianServiceServicer):
     def _encoded(self, spec: FunctionSpec) -> pb.Function:
         return encode_function(spec, self._measured(spec.qualified_name))
 
-    async def _sparsity(self, request: pb.GetSparsityRequest) -> pb.Sparsity:
-        with self._scheduler.admitted(request.ByteSize()):
+    async def _sparsity(self, request: pb.GetSparsityRequest, client: str) -> bytes:
+        with self._scheduler.admitted(request.ByteSize(), client):
             function = self._catalog.find(request.name).spec
             sought = plan_sparsity(decode_sparsity_query(request), function)
             found = await self._scheduler.sparsity(sought)
             self._check_size(function.resource, pattern_bytes(found.pattern, "coo"))
-            return encode_sparsity(found, sought, function)
+            answer = encode_sparsity(found, sought, function)
+            return Frame(answer.message).filled(answer.payloads)
 
-    async def _evaluate(self, request: pb.Query) -> pb.Result:
-        with self._scheduler.admitted(request.ByteSize()):
-            function = self._catalog.find(request.function).spec
-            query = decode_query(request)
-            work = self._planner.plan(query, function)
-            outcome = await self._scheduler.submit(work)
-            if query.require_finite:
-                _check_finite(outcome, query.quantities)
-            if outcome.outline.patterns or query.patterns:
-                _check_patterns(outcome, query)
-                self._check_size(function.resource, result_bytes(outcome, query))
-            return encode_outcome(outcome, query)
+    def evaluate_now(self, raw: bytes, client: str) -> bytes | None:
+        """Evaluates a brief query whose program is compiled; None where it must wait.
+
+        Args:
+            raw: A serialized Query.
+            client: Who asks.
+
+        Returns:
+            A serialized Result.
+
+        Raises:
+            ServiceError: It can't be evaluated.
+        """
+        with self._scheduler.admitted(len(raw), client):
+            request = self._reader.read(raw)
+            outcome = self._scheduler.now(request.work, max_result_bytes=PIECE_BYTES)
+            if outcome is None:
+                return None
+            self._check(outcome, request.query)
+            return self._writer.write(outcome, request.query)
+
+    async def evaluate(self, raw: bytes, client: str) -> bytes:
+        """Evaluates a query.
+
+        Args:
+            raw: A serialized Query.
+            client: Who asks.
+
+        Returns:
+            A serialized Result.
+
+        Raises:
+            ServiceError: It can't be evaluated.
+        """
+        with self._scheduler.admitted(len(raw), client):
+            request = self._reader.read(raw)
+            outcome = await self._scheduler.submit(
+                request.work, client=client, max_result_bytes=PIECE_BYTES
+            )
+            self._check(outcome, request.query)
+            return self._writer.write(outcome, request.query)
+
+    async def _evaluate_stream(
+        self, raws: AsyncIterator[bytes], client: str
+    ) -> AsyncGenerator[bytes]:
+        raw = await anext(raws, None)
+        if raw is None:
+            raise _broken("it has no head. Send one, then the pieces.")
+        head = self._reader.read_head(raw)
+        self._check_query_size(head.size_bytes)
+        with self._scheduler.admitted(head.size_bytes, client):
+            assembly = Assembly(head.raw, head.holes)
+            try:
+                async for raw in raws:
+                    assembly.feed(raw)
+            except StreamError as error:
+                raise _broken(str(error)) from error
+            if not assembly.is_complete:
+                raise _broken("it ends before its last piece. Send all of them.")
+            request = self._reader.read_streamed(head, assembly.payloads)
+            outcome = await self._scheduler.submit(request.work, client=client)
+            self._check(outcome, request.query)
+            for part in self._writer.write_parts(outcome, request.query):
+                yield part
+
+    def _check(self, outcome: Outcome, query: Query) -> None:
+        if query.require_finite:
+            _check_finite(outcome, query.quantities)
+        if outcome.outline.patterns or query.patterns:
+            _check_patterns(outcome, query)
+            resource = f"functions/{outcome.outline.function}"
+            self._check_size(resource, result_bytes(outcome, query))
+
+    def _check_query_size(self, size_bytes: int) -> None:
+        if size_bytes > self._max_payload_bytes:
+            raise ServiceError(
+                "QUERY_TOO_LARGE",
+                f"the arrays of the query take {size_bytes} bytes, but this server "
+                f"takes at most {self._max_payload_bytes}. Send fewer points at once, "
+                "or raise the server's max_payload_bytes.",
+                query_bytes=size_bytes,
+                max_query_bytes=self._max_payload_bytes,
+            )
 
     def _check_size(self, resource: str, size_bytes: int) -> None:
-        if size_bytes > self._max_result_bytes:
+        if size_bytes > self._max_payload_bytes:
             raise ServiceError(
                 "RESULT_TOO_LARGE",
                 f"the answer of {resource} would take {size_bytes} bytes with its "
                 f"sparsity pattern, but this server sends at most "
-                f"{self._max_result_bytes}. Ask for less at once, or raise the "
-                "server's max_message_bytes.",
+                f"{self._max_payload_bytes}. Ask for less at once, or raise the "
+                "server's max_payload_bytes.",
                 function=resource,
                 result_bytes=size_bytes,
-                max_result_bytes=self._max_result_bytes,
+                max_result_bytes=self._max_payload_bytes,
             )
+
+
+def _broken(problem: str) -> ServiceError:
+    return ServiceError("STREAM_BROKEN", f"the stream is broken: {problem}")
+
+
+# How the messages of each call are read and written; those with tensors by jacserve
+# itself.
+_HANDLERS: Mapping[str, tuple[Any, Any, Any]] = {
+    "ListFunctions": (
+        grpc.unary_unary_rpc_method_handler,
+        pb.ListFunctionsRequest.FromString,
+        pb.ListFunctionsResponse.SerializeToString,
+    ),
+    "GetFunction": (
+        grpc.unary_unary_rpc_method_handler,
+        pb.GetFunctionRequest.FromString,
+        pb.Function.SerializeToString,
+    ),
+    "GetSparsity": (
+        grpc.unary_unary_rpc_method_handler,
+        pb.GetSparsityRequest.FromString,
+        None,
+    ),
+    "Evaluate": (grpc.unary_unary_rpc_method_handler, None, None),
+    "EvaluateStream": (grpc.stream_stream_rpc_method_handler, None, None),
+    "Session": (grpc.stream_stream_rpc_method_handler, None, None),
+}
+
+
+def add_to_server(service: JacobianService, server: grpc.aio.Server) -> None:
+    """Has a server answer the contract's calls.
+
+    Args:
+        service: Answers them.
+        server: Receives them.
+    """
+    name = pb.DESCRIPTOR.services_by_name["JacobianService"].full_name
+    handlers = {
+        method: kind(getattr(service, method), read, write)
+        for method, (kind, read, write) in _HANDLERS.items()
+    }
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(name, handlers),)
+    )
 
 
 def _check_patterns(outcome: Outcome, query: Query) -> None:
@@ -188,33 +360,67 @@ def _check_finite(outcome: Outcome, quantities: tuple[Quantity, ...]) -> None:
     )
 
 
-async def _answer(context: Any, empty: type[M], answer: Awaitable[M]) -> M:
+class _Answerer:
+    """Answers the queries of one client's session."""
+
+    def __init__(self, service: JacobianService, client: str) -> None:
+        self._service = service
+        self._client = client
+
+    def answer_now(self, raw: bytes) -> bytes | None:
+        return self._service.evaluate_now(raw, self._client)
+
+    async def answer(self, raw: bytes) -> bytes:
+        return await self._service.evaluate(raw, self._client)
+
+    def encode_error(self, error: BaseException) -> bytes:
+        if isinstance(error, asyncio.CancelledError):
+            status = status_pb2.Status(code=code_pb2.CANCELLED, message="cancelled")
+        elif isinstance(error, TimeoutError):
+            status = status_pb2.Status(
+                code=code_pb2.DEADLINE_EXCEEDED, message="Deadline Exceeded"
+            )
+        else:
+            status = _status(*_explained(error))
+        return status.SerializeToString()
+
+
+async def _answer(context: Any, empty: Callable[[], M], answer: Awaitable[M]) -> M:
     """Awaits an answer; turns whatever it raises into the call's status."""
-    details: list[Message] = []
     try:
         return await answer
-    except ServiceError as raised:
-        error = raised
-    except Exception:
-        request_id = uuid.uuid4().hex
-        _log.exception("request %s failed", request_id)
-        details.append(error_details_pb2.RequestInfo(request_id=request_id))
-        error = ServiceError(
-            "UNEXPECTED",
-            f"the server failed on this call. Its log has more under {request_id}.",
-        )
-    details.extend(_details(error))
+    except Exception as error:
+        _set_error(context, *_explained(error))
+        return empty()
+
+
+def _explained(error: BaseException) -> tuple[ServiceError, str]:
+    """Returns a failure in terms of the contract, and its request id in the log."""
+    if isinstance(error, ServiceError):
+        return error, ""
+    request_id = uuid.uuid4().hex
+    _log.error("request %s failed", request_id, exc_info=error)
+    text = f"the server failed on this call. Its log has more under {request_id}."
+    return ServiceError("UNEXPECTED", text), request_id
+
+
+def _status(error: ServiceError, request_id: str = "") -> status_pb2.Status:
+    details = _details(error)
+    if request_id:
+        details.insert(0, error_details_pb2.RequestInfo(request_id=request_id))
     status = status_pb2.Status(code=error.code, message=error.message)
     for detail in details:
         packed = AnyMessage()
         packed.Pack(detail)
         status.details.append(packed)
+    return status
+
+
+def _set_error(context: Any, error: ServiceError, request_id: str = "") -> None:
+    status = _status(error, request_id).SerializeToString()
     context.set_code(_STATUS_CODES[error.code])
     context.set_details(error.message)
-    context.set_trailing_metadata(
-        (("grpc-status-details-bin", status.SerializeToString()),)
-    )
-    return empty()
+    context.set_trailing_metadata((("grpc-status-details-bin", status),))
 
 
 def _details(error: ServiceError) -> list[Message]:

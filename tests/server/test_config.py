@@ -9,7 +9,7 @@ from jacserve_server import Config
 def test_defaults_are_safe() -> None:
     config = Config.load()
     assert config.host == "127.0.0.1"
-    assert config.max_message_bytes == 64 * 2**20
+    assert config.max_payload_bytes == 2**30
 
 
 def test_arguments_go_before_environment_before_file(

@@ -92,6 +92,7 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PATTERN_UNKNOWN: _ClassVar[ErrorReason]
     STREAM_REQUIRED: _ClassVar[ErrorReason]
     STREAM_BROKEN: _ClassVar[ErrorReason]
+    QUERY_TOO_LARGE: _ClassVar[ErrorReason]
 QUANTITY_UNSPECIFIED: Quantity
 QUANTITY_VALUE: Quantity
 QUANTITY_JACOBIAN: Quantity
@@ -159,6 +160,7 @@ NOT_INSTALLED: ErrorReason
 PATTERN_UNKNOWN: ErrorReason
 STREAM_REQUIRED: ErrorReason
 STREAM_BROKEN: ErrorReason
+QUERY_TOO_LARGE: ErrorReason
 
 class Function(_message.Message):
     __slots__ = ("name", "documentation", "arguments", "results", "modes", "missing_modes", "preferred_mode", "max_batch", "measured_strategies", "sizes")

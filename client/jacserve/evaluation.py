@@ -1,0 +1,188 @@
+"""How one evaluation goes, whoever does the input and output.
+
+`evaluation` yields what to send and is sent what came back. The blocking client, the
+asyncio client and sessions all drive it, so that nothing is decided twice.
+"""
+
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+from google.protobuf.message import DecodeError
+
+from jacserve.errors import JacobianError, PreconditionError, ServerError
+from jacserve.queries import Ask
+from jacserve.results import Result, ResultDecoder, decode_opened
+from jacserve.sparse import Pattern, PatternCache
+from jacserve.streaming import Assembly, StreamError, read_head
+from jacserve.v1 import jacobian_pb2 as pb
+
+
+class Step(NamedTuple):
+    """What to send next.
+
+    Attributes:
+        ask: The query.
+        is_streamed: Whether by EvaluateStream; else in one message.
+    """
+
+    ask: Ask
+    is_streamed: bool
+
+
+class Received(NamedTuple):
+    """A result that came in parts.
+
+    Attributes:
+        head: The hollow message.
+        payloads: The bytes of its tensors.
+    """
+
+    head: pb.Result
+    payloads: list[Any]
+
+
+Answer: TypeAlias = bytes | Received
+
+
+class Memory:
+    """What a client remembers of earlier evaluations. Thread-safe."""
+
+    def __init__(self) -> None:
+        """Remembers nothing yet."""
+        self.patterns = PatternCache()
+        self.decoder = ResultDecoder()
+
+
+def evaluation(ask: Ask, memory: Memory) -> Generator[Step, Answer, Result]:
+    """Evaluates a query.
+
+    Args:
+        ask: The query.
+        memory: What is remembered.
+
+    Yields:
+        What to send. To be sent the answer: a serialized Result, or one that came in
+        parts; or to be thrown the JacobianError that came instead.
+
+    Returns:
+        The result.
+
+    Raises:
+        JacobianError: What was thrown, where no other way of asking mends it; or the
+            answer can't be read.
+    """
+    known: Mapping[str, Pattern] = {}
+    layout = ask.form.sparse_layout
+    if layout and (known := memory.patterns.find(ask.form.query)):
+        ask = Ask(ask.form.naming(known), ask.arrays)
+    while True:
+        is_streamed = ask.form.is_streamed
+        try:
+            answer = yield Step(ask, is_streamed)
+        except PreconditionError as error:
+            if error.reason == "STREAM_REQUIRED" and not is_streamed:
+                ask.form.is_streamed = True
+            elif error.reason == "PATTERN_UNKNOWN" and known:
+                # The server has another function than before under this name.
+                memory.patterns.forget(ask.form.query)
+                ask, known = Ask(ask.form.naming(()), ask.arrays), {}
+            else:
+                raise
+            continue
+        try:
+            if isinstance(answer, bytes):
+                result = memory.decoder.decode(answer, layout, known)
+            else:
+                result = decode_opened(*answer, layout, known)
+        except (DecodeError, LookupError, ValueError, MemoryError) as error:
+            raise unreadable(error) from error
+        if layout:
+            memory.patterns.learn(ask.form.query, result.shared_patterns)
+        return result
+
+
+def drive(
+    steps: Generator[Step, Answer, Result], send: Callable[[Step], Answer]
+) -> Result:
+    """Drives an evaluation by blocking calls.
+
+    Args:
+        steps: The evaluation.
+        send: Sends what a step says; returns the answer or raises JacobianError.
+
+    Returns:
+        The result.
+    """
+    try:
+        step = next(steps)
+        while True:
+            try:
+                answer = send(step)
+            except JacobianError as error:
+                step = steps.throw(error)
+            else:
+                step = steps.send(answer)
+    except StopIteration as stop:
+        return stop.value
+
+
+async def drive_async(
+    steps: Generator[Step, Answer, Result], send: Callable[[Step], Awaitable[Answer]]
+) -> Result:
+    """Drives an evaluation by calls that are awaited; else as `drive`."""
+    try:
+        step = next(steps)
+        while True:
+            try:
+                answer = await send(step)
+            except JacobianError as error:
+                step = steps.throw(error)
+            else:
+                step = steps.send(answer)
+    except StopIteration as stop:
+        return stop.value
+
+
+def unreadable(error: Exception) -> ServerError:
+    """Makes the error of an answer that can't be read."""
+    return ServerError(f"the server's answer can't be read: {error}", code="DATA_LOSS")
+
+
+class Receiver:
+    """Takes a result in parts."""
+
+    def __init__(self) -> None:
+        """Has none yet."""
+        self._head: pb.Result | None = None
+        self._assembly: Assembly | None = None
+
+    def feed(self, raw: bytes) -> None:
+        """Takes the next part.
+
+        Args:
+            raw: A serialized EvaluateStreamResponse.
+
+        Raises:
+            ServerError: It is not the part that comes next.
+        """
+        try:
+            if self._assembly is not None:
+                self._assembly.feed(raw)
+            else:
+                part, holes = read_head(raw, pb.EvaluateStreamResponse)
+                self._head = part.head
+                self._assembly = Assembly(raw, holes)
+        except (DecodeError, ValueError, MemoryError) as error:
+            raise unreadable(error) from error
+
+    def received(self) -> Received:
+        """Returns the result.
+
+        Raises:
+            ServerError: Parts are missing.
+        """
+        if self._head is None or self._assembly is None:
+            raise unreadable(StreamError("it has no head"))
+        if not self._assembly.is_complete:
+            raise unreadable(StreamError("it ends before its last piece"))
+        return Received(self._head, self._assembly.payloads)

@@ -1,0 +1,165 @@
+"""Messages in parts: a head, then the bytes of its tensors in pieces.
+
+`parts` makes them of a hollow message and `Assembly` puts them together again, into
+buffers that are made once. Both directions of EvaluateStream go the same way.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from google.protobuf.message import DecodeError, Message
+
+from jacserve import framing
+from jacserve.framing import PIECE_BYTES, Frame, Hole
+from jacserve.tensors import Array
+from jacserve.v1 import jacobian_pb2 as pb
+
+_HEAD = pb.EvaluateStreamResponse.HEAD_FIELD_NUMBER
+_PIECE = pb.EvaluateStreamResponse.PIECE_FIELD_NUMBER
+_PIECE_FIELDS = (
+    pb.Piece.TENSOR_FIELD_NUMBER,
+    pb.Piece.OFFSET_FIELD_NUMBER,
+    pb.Piece.DATA_FIELD_NUMBER,
+)
+
+
+class StreamError(ValueError):
+    """The parts of a stream don't follow each other as they must."""
+
+
+def parts(hollow: Message, payloads: Sequence[Array]) -> Iterator[bytes]:
+    """Yields a message in parts.
+
+    Args:
+        hollow: A Query or a Result whose tensors have `streamed_bytes`.
+        payloads: The bytes of those that have any, each in one row, in the order of
+            the message's fields.
+
+    Yields:
+        EvaluateStreamRequests or EvaluateStreamResponses, serialized. Where all
+        tensors together fit into one piece, the head has them.
+    """
+    if sum(len(payload) for payload in payloads) <= PIECE_BYTES:
+        whole = Frame(hollow).filled(payloads)
+        yield framing.bytes_field(_HEAD, len(whole)) + whole
+        return
+    head = hollow.SerializeToString()
+    yield framing.bytes_field(_HEAD, len(head)) + head
+    for place, payload in enumerate(payloads):
+        for offset in range(0, len(payload), PIECE_BYTES):
+            data = payload[offset : offset + PIECE_BYTES]
+            before = pb.Piece(tensor=place, offset=offset).SerializeToString()
+            before += framing.bytes_field(pb.Piece.DATA_FIELD_NUMBER, len(data))
+            size = len(before) + len(data)
+            yield b"".join([framing.bytes_field(_PIECE, size), before, data.data])
+
+
+P = TypeVar("P", pb.EvaluateStreamRequest, pb.EvaluateStreamResponse)
+
+
+def read_head(
+    raw: bytes, kind: type[P], *, most_fields: int = 2**62
+) -> tuple[P, list[Hole]]:
+    """Reads the first part of a stream.
+
+    Args:
+        raw: The part, from anywhere.
+        kind: EvaluateStreamRequest or EvaluateStreamResponse.
+        most_fields: As for `framing.cut`.
+
+    Returns:
+        The part, its head hollow; and where the bytes of the head's tensors are.
+
+    Raises:
+        DecodeError: It is no such message.
+        StreamError: It has no head.
+    """
+    hollow, holes = framing.cut(raw, kind, most_fields=most_fields)
+    part = kind.FromString(hollow)
+    if not part.HasField("head"):
+        raise StreamError("the first part has no head. Send the head first.")
+    return part, holes
+
+
+class Assembly:
+    """The bytes of a head's tensors, as pieces bring them."""
+
+    def __init__(self, raw: bytes, holes: Sequence[Hole]) -> None:
+        """Makes a buffer for each tensor whose bytes are to come.
+
+        Args:
+            raw: The head's part.
+            holes: What `framing.cut` has cut out of it.
+        """
+        view = memoryview(raw)
+        self.payloads: list[Any] = []
+        self._awaited: list[Array] = []
+        for hole in holes:
+            if hole.start is None:
+                self._awaited.append(np.empty(hole.size, np.uint8))
+                self.payloads.append(self._awaited[-1])
+            else:
+                self.payloads.append(view[hole.start : hole.start + hole.size])
+        self._tensor = self._offset = 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all bytes are there."""
+        return self._tensor == len(self._awaited)
+
+    def feed(self, raw: bytes) -> None:
+        """Takes the next part.
+
+        Args:
+            raw: The part, from anywhere.
+
+        Raises:
+            StreamError: It is not the piece that comes next.
+        """
+        tensor, offset, start, stop = _read_piece(raw)
+        size = stop - start
+        if self.is_complete:
+            raise StreamError(
+                "there is a part after the last piece. Send as many bytes as the "
+                "head's streamed_bytes say."
+            )
+        if (tensor, offset) != (self._tensor, self._offset):
+            raise StreamError(
+                f"the piece is byte {offset} of tensor {tensor}, but byte "
+                f"{self._offset} of tensor {self._tensor} comes next. Send each piece "
+                "once, in order."
+            )
+        buffer = self._awaited[tensor]
+        if not 0 < size <= min(PIECE_BYTES, len(buffer) - offset):
+            raise StreamError(
+                f"the piece has {size} bytes, and {len(buffer) - offset} are left of "
+                f"tensor {tensor}. Send at least 1 and at most {PIECE_BYTES} at once, "
+                "and no more than are left."
+            )
+        buffer[offset : offset + size] = memoryview(raw)[start:stop]
+        self._offset += size
+        if self._offset == len(buffer):
+            self._tensor, self._offset = tensor + 1, 0
+
+
+def _read_piece(raw: bytes) -> tuple[int, int, int, int]:
+    """Returns a piece's tensor and offset, and where its data starts and stops."""
+    try:
+        [part] = framing.fields(raw, 0, len(raw))
+        if part.number == _PIECE and part.is_bytes:
+            found = {f.number: f for f in framing.fields(raw, part.start, part.stop)}
+            tensor, offset, data = map(found.get, _PIECE_FIELDS)
+            if data is not None and data.is_bytes:
+                return (
+                    tensor.number_in(raw) if tensor else 0,
+                    offset.number_in(raw) if offset else 0,
+                    data.start,
+                    data.stop,
+                )
+    except (DecodeError, ValueError):
+        pass
+    raise StreamError(
+        "there is a part that is no piece with data. Send one piece in each, after "
+        "the head."
+    )

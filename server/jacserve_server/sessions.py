@@ -1,0 +1,194 @@
+"""Many queries on one stream: each is answered when it is done.
+
+A brief query is answered where it is read. For any other a task waits, while the next
+ones are read; where as many wait as a session may have, nothing more is read, and gRPC
+holds the client back.
+"""
+
+import asyncio
+import struct
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
+
+from jacserve import framing
+from jacserve.v1 import jacobian_pb2 as pb
+from jacserve_server.errors import ServiceError
+
+_MOST_PENDING = 64
+
+_ID = pb.SessionRequest.ID_FIELD_NUMBER
+_TIMEOUT = pb.SessionRequest.TIMEOUT_FIELD_NUMBER
+_CANCEL = pb.SessionRequest.CANCEL_FIELD_NUMBER
+_QUERY = pb.SessionRequest.QUERY_FIELD_NUMBER
+_ERROR = pb.SessionResponse.ERROR_FIELD_NUMBER
+_RESULT = pb.SessionResponse.RESULT_FIELD_NUMBER
+_encode_id = struct.Struct("<BQ")  # The tag of a fixed64 field, and its value.
+_ID_TAG = _ID << 3 | 1
+
+
+class Answerer(Protocol):
+    """Answers single queries."""
+
+    def answer_now(self, raw: bytes) -> bytes | None:
+        """Answers a query at once; None where it has to wait.
+
+        Args:
+            raw: A serialized Query.
+
+        Returns:
+            A serialized Result.
+
+        Raises:
+            Exception: It can't be answered.
+        """
+        ...
+
+    async def answer(self, raw: bytes) -> bytes:
+        """Answers a query when it is done."""
+        ...
+
+    def encode_error(self, error: BaseException) -> bytes:
+        """Returns a failure as a serialized google.rpc.Status."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What a SessionRequest says; the query is serialized."""
+
+    id: int
+    timeout_s: float | None
+    is_cancel: bool
+    query: bytes
+
+
+def _read(raw: bytes) -> _Request:
+    id_, timeout_s, is_cancel, query = 0, None, False, b""
+    try:
+        for field in framing.fields(raw, 0, len(raw)):
+            if field.number == _QUERY and field.is_bytes:
+                query = raw[field.start : field.stop]
+            elif field.number == _ID and field.stop - field.start == 8:
+                id_ = int.from_bytes(raw[field.start : field.stop], "little")
+            elif field.number == _TIMEOUT and field.is_bytes:
+                timeout = Duration.FromString(raw[field.start : field.stop])
+                timeout_s = timeout.seconds + timeout.nanos * 1e-9
+            elif field.number == _CANCEL:
+                is_cancel = bool(field.number_in(raw))
+    except DecodeError as error:
+        raise ServiceError(
+            "STREAM_BROKEN",
+            f"a message of the session can't be read: {error}. Send SessionRequests.",
+        ) from error
+    return _Request(id_, timeout_s, is_cancel, query)
+
+
+def _response(id_: int, field: int, value: bytes) -> bytes:
+    head = _encode_id.pack(_ID_TAG, id_) + framing.bytes_field(field, len(value))
+    return head + value
+
+
+class Session:
+    """One session."""
+
+    def __init__(self, answerer: Answerer) -> None:
+        """Has nothing to do yet.
+
+        Args:
+            answerer: Answers its queries.
+        """
+        self._answerer = answerer
+        self._pending: dict[int, asyncio.Task[bytes]] = {}
+        self._finished: list[bytes] = []
+        self._stirred = asyncio.Event()
+
+    async def answers(self, raws: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+        """Answers queries until there are no more.
+
+        Args:
+            raws: Serialized SessionRequests.
+
+        Yields:
+            Serialized SessionResponses, as queries are done.
+
+        Raises:
+            ServiceError: A message can't be read, or an id is in use.
+        """
+        iterator = aiter(raws)
+        reading: asyncio.Task[bytes | None] | None = None
+        try:
+            has_ended = False
+            while not has_ended or self._pending:
+                raw: bytes | None = None
+                if not self._pending:
+                    # The usual case, and the fast one: nothing else to wait for.
+                    raw = await (reading or anext(iterator, None))
+                    reading, has_ended = None, raw is None
+                else:
+                    has_room = len(self._pending) < _MOST_PENDING
+                    if reading is None and has_room and not has_ended:
+                        reading = asyncio.create_task(_next(iterator))
+                        reading.add_done_callback(lambda _: self._stirred.set())
+                    await self._stirred.wait()
+                    self._stirred.clear()
+                    if reading is not None and reading.done():
+                        raw = reading.result()
+                        reading, has_ended = None, raw is None
+                    finished, self._finished = self._finished, []
+                    for response in finished:
+                        yield response
+                if raw is not None and (response := self._take(raw)):
+                    yield response
+        finally:
+            for task in [*self._pending.values(), *([reading] if reading else [])]:
+                task.cancel()
+
+    def _take(self, raw: bytes) -> bytes | None:
+        """Answers a query, or begins to."""
+        request = _read(raw)
+        if request.is_cancel:
+            if task := self._pending.get(request.id):
+                task.cancel()
+            return None
+        if request.id in self._pending:
+            raise ServiceError(
+                "STREAM_BROKEN",
+                f"id {request.id} is that of a query that has no answer yet. Use "
+                "another.",
+            )
+        try:
+            result = self._answerer.answer_now(request.query)
+        except Exception as error:
+            return self._failure(request.id, error)
+        if result is not None:
+            return _response(request.id, _RESULT, result)
+        task = asyncio.create_task(self._answer(request))
+        self._pending[request.id] = task
+        task.add_done_callback(lambda done: self._finish(request.id, done))
+        return None
+
+    async def _answer(self, request: _Request) -> bytes:
+        async with asyncio.timeout(request.timeout_s):
+            return await self._answerer.answer(request.query)
+
+    def _finish(self, id_: int, done: "asyncio.Task[bytes]") -> None:
+        del self._pending[id_]
+        if done.cancelled():
+            response = self._failure(id_, asyncio.CancelledError())
+        elif error := done.exception():
+            response = self._failure(id_, error)
+        else:
+            response = _response(id_, _RESULT, done.result())
+        self._finished.append(response)
+        self._stirred.set()
+
+    def _failure(self, id_: int, error: BaseException) -> bytes:
+        return _response(id_, _ERROR, self._answerer.encode_error(error))
+
+
+async def _next(iterator: AsyncIterator[bytes]) -> bytes | None:
+    return await anext(iterator, None)
