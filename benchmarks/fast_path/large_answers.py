@@ -7,10 +7,11 @@ memory again, which would be mistaken for what it takes to send it.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
 import numpy as np
+from benchmarks.fast_path.floors import RawSocket
 from benchmarks.fast_path.processes import memory_bytes, reset_peak, running, serving
 from benchmarks.fast_path.rounds import (
     Section,
@@ -24,7 +25,9 @@ from benchmarks.fast_path.setting import Setting
 import jacserve
 
 _CLIENT = "benchmarks.fast_path.other_client"
+_FLOORS = "benchmarks.fast_path.floors"
 _SHAPE = (1024, 128)
+_BYTES = 2**26
 _MIB = 2**20
 
 
@@ -36,7 +39,10 @@ def measure(setting: Setting) -> Section:
         pinging = stack.enter_context(running(_CLIENT, target))
         client = stack.enter_context(jacserve.Client(target))
         points = np.full(_SHAPE, 0.5, "f4")
-        ping_s = 3 * setting.effort.seconds
+        raw = stack.enter_context(running(_FLOORS, "socket"))
+        socket = RawSocket(raw.address(), _BYTES)
+        stack.callback(socket.close)
+        ping_s = 4 * setting.effort.seconds
 
         def memory() -> Mapping[str, float]:
             reset_peak(server.pid)
@@ -51,16 +57,23 @@ def measure(setting: Setting) -> Section:
         def idle() -> Mapping[str, float]:
             return {"idle": _p99_ms(pinging.ask(ping_s=ping_s))}
 
-        def busy() -> Mapping[str, float]:
+        def beside(transfer: Callable[[], object]) -> float:
             pinging.send(ping_s=ping_s)
             end = time.perf_counter() + ping_s
             while time.perf_counter() < end:
-                client.jacobian("wave", points)
-            return {"busy": _p99_ms(pinging.answer())}
+                transfer()
+            return _p99_ms(pinging.answer())
 
-        for warm_up in (memory, memory, idle, busy):
+        def downloads() -> Mapping[str, float]:
+            return {"downloads": beside(lambda: client.jacobian("wave", points))}
+
+        def raw_transfers() -> Mapping[str, float]:
+            return {"raw transfers": beside(lambda: socket.receive(_BYTES))}
+
+        measures = [memory, idle, downloads, raw_transfers]
+        for warm_up in [memory, *measures]:
             warm_up()
-        found = interleaved([memory, idle, busy], setting.effort.rounds, setting.random)
+        found = interleaved(measures, setting.effort.rounds, setting.random)
     return Section(
         rows=[
             alone(
@@ -78,10 +91,18 @@ def measure(setting: Setting) -> Section:
             compared(
                 "another client's empty call meanwhile, p99",
                 "ms",
-                found["busy"],
+                found["downloads"],
                 "idle",
                 found["idle"],
                 at_most(5),
+            ),
+            compared(
+                "another client's empty call meanwhile, p99",
+                "ms",
+                found["downloads"],
+                "beside a raw TCP socket",
+                found["raw transfers"],
+                None,
             ),
         ]
     )

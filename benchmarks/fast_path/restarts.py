@@ -43,7 +43,7 @@ def measure(setting: Setting) -> Section:
     return Section(
         rows=[
             compared(
-                "first answers of three functions, after a restart",
+                "first answers after a restart",
                 "ms",
                 ms["warm answers"],
                 "with an empty cache",
@@ -51,7 +51,7 @@ def measure(setting: Setting) -> Section:
                 at_most(0.35),
             ),
             compared(
-                "the same from the start of the process",
+                "the same, from the process's start",
                 "ms",
                 ms["warm all"],
                 "with an empty cache",
