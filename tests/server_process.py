@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +25,8 @@ class ServerProcess:
 
 @contextmanager
 def server_process(
-    *arguments: str | Path, env: Mapping[str, str] | None = None
+    *arguments: str | Path, **environment: str
 ) -> Generator[ServerProcess]:
-    """Runs `jacserve serve`, with further variables in its environment."""
     command = [sys.executable, "-m", "jacserve", "serve", "--port", "0"]
     # To a file: a pipe that nobody reads would fill up and hold the server.
     with tempfile.TemporaryFile("w+") as log:
@@ -36,7 +35,7 @@ def server_process(
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env={**os.environ, **(env or {})},
+            env={**os.environ, **environment},
         )
         assert process.stdout is not None
         try:

@@ -151,7 +151,7 @@ def test_what_is_wrong_is_said_in_one_line(bench, arguments, words: str) -> None
 
 
 def test_calls_that_fail_are_counted_and_shown(bench, tmp_path: Path) -> None:
-    with server_process(FUNCTIONS, env={"JACSERVE_MAX_QUERIES": "1"}) as server:
+    with server_process(FUNCTIONS, JACSERVE_MAX_QUERIES="1") as server:
         done = bench(
             "rosenbrock", "-s", "n=300", "-q", "hessian", "-c", 8, "--seconds", 0.4,
             "--target", server.target, "--json", "failed.json", code=1,
