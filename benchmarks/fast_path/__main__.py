@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+
 from benchmarks.fast_path import (
     batches,
     coalescing,
@@ -25,7 +27,6 @@ from benchmarks.fast_path import (
 from benchmarks.fast_path.processes import ROOT
 from benchmarks.fast_path.rounds import Effort, Section
 from benchmarks.fast_path.setting import Setting, prepared
-from rich.console import Console
 
 SECTIONS: Mapping[str, Callable[[Setting], Section]] = {
     "small-calls": small_calls.measure,
@@ -38,8 +39,9 @@ SECTIONS: Mapping[str, Callable[[Setting], Section]] = {
     "restarts": restarts.measure,
 }
 FULL = Effort(rounds=7, calls=150, seconds=0.5)
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 QUICK = Effort(rounds=2, calls=50, seconds=0.2)
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()

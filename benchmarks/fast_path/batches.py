@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 import numpy as np
+
 from benchmarks.fast_path.rounds import Grid, Section, interleaved, seconds_of
 from benchmarks.fast_path.setting import Setting
 

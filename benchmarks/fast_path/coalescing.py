@@ -1,18 +1,21 @@
 """Waiting points computed together, beside the same one by one: two servers.
 
-They differ in `max_coalesced` alone. Of one function many points at once take little
-more time than one, of the other they do not; the server is to find out by itself, and
-never to be slower for it.
+They differ in `max_coalesced` alone. Of some functions many points at once take little
+more time than one, of others they do not; the server is to find out by itself, and never
+to be slower for it.
 """
 
 import re
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 
 import numpy as np
+
+import jacserve
 from benchmarks.fast_path.processes import BenchmarkError, Process, serving
 from benchmarks.fast_path.rounds import (
+    Array,
     Grid,
     Row,
     Section,
@@ -21,10 +24,11 @@ from benchmarks.fast_path.rounds import (
     interleaved,
 )
 from benchmarks.fast_path.setting import Setting
-from benchmarks.fast_path.warmed_functions import MOST_POINTS, SIZES
-
-import jacserve
 from jacserve import load
+
+# The functions, and n of each: two that win, and one that does not.
+SIZES = {"network": 64, "layer": 128, "orbit": 64}
+MOST_POINTS = 64
 
 _MODULE = "benchmarks.fast_path.warmed_functions"
 _CALLERS = (16, 64)
@@ -36,57 +40,54 @@ _DECISION = re.compile(r"functions/(\w+)\S*: up to (\d+) points are computed tog
 
 
 def measure(setting: Setting) -> Section:
-    """Measures concurrent callers of both functions on both servers."""
+    """Measures concurrent callers of each function on both servers."""
     with ExitStack() as stack:
+        alone = stack.enter_context(_server(setting, 1))
+        together = stack.enter_context(_server(setting, MOST_POINTS))
+        largest = _wait_until_measured(together[1])
         measures: list[Callable[[], Mapping[str, float]]] = []
-        points = {name: setting.point(n) for name, n in SIZES.items()}
-        for label, most in (("alone", 1), ("together", MOST_POINTS)):
-            target, server = stack.enter_context(
-                serving(
-                    setting.device,
-                    setting.cache_dir,
-                    functions=_MODULE,
-                    max_coalesced=most,
-                )
-            )
-            if most > 1:
-                print(_wait_until_measured(server))
+        for label, (target, _) in (("alone", alone), ("together", together)):
             client = stack.enter_context(jacserve.Client(target))
-            for name, x in points.items():
+            for name, n in SIZES.items():
+                x = setting.point(n)
                 client.jacobian(name, x)
                 measures += [
                     _level(client, name, x, label, callers, setting)
                     for callers in _CALLERS
                 ]
         found = interleaved(measures, setting.effort.rounds, setting.random)
-    rows: list[Row] = []
-    lines: list[list[str]] = []
-    for name, n in SIZES.items():
-        for callers in _CALLERS:
-            key = f"{name} {callers}"
-            rows.append(
-                compared(
-                    f"{name}, n = {n}, {callers} callers, coalesced",
-                    "calls/s",
-                    found[f"{key} together"],
-                    "one by one",
-                    found[f"{key} alone"],
-                    at_least(_NOT_SLOWER),
-                )
-            )
-            means = (
-                np.median(found[f"{key} {label} coalesced"])
-                for label in ("alone", "together")
-            )
-            lines.append([name, str(callers), *(f"{mean:.1f}" for mean in means)])
-    headings = [
-        "function",
-        "callers",
-        "max_coalesced 1",
-        f"max_coalesced {MOST_POINTS}",
+    keys = [(name, callers) for name in SIZES for callers in _CALLERS]
+    lines = [
+        [
+            name,
+            largest[name],
+            str(callers),
+            f"{np.median(found[f'{name} {callers} together coalesced']):.1f}",
+        ]
+        for name, callers in keys
     ]
+    title = "points that the server computes together, where it found that faster"
+    headings = ["function", "at most", "callers", "calls in one run, mean"]
     return Section(
-        rows=rows, grids=[Grid("calls that one run answered, means", headings, lines)]
+        rows=[_row(found, name, callers) for name, callers in keys],
+        grids=[Grid(title, headings, lines)],
+    )
+
+
+def _server(setting: Setting, most: int) -> AbstractContextManager[tuple[str, Process]]:
+    return serving(
+        setting.device, setting.cache_dir, functions=_MODULE, max_coalesced=most
+    )
+
+
+def _row(found: Mapping[str, Array], name: str, callers: int) -> Row:
+    return compared(
+        f"{name}, n = {SIZES[name]}, {callers} callers, coalesced",
+        "calls/s",
+        found[f"{name} {callers} together"],
+        "one by one",
+        found[f"{name} {callers} alone"],
+        at_least(_NOT_SLOWER),
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 import numpy as np
+
 from benchmarks.fast_path.processes import BenchmarkError
 from benchmarks.fast_path.rounds import (
     Array,
@@ -15,7 +16,6 @@ from benchmarks.fast_path.rounds import (
     interleaved,
 )
 from benchmarks.fast_path.setting import Setting
-
 from jacserve import load
 
 _LEVELS = (1, 4, 16, 64, 256)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
 import numpy as np
+
+import jacserve
 from benchmarks.fast_path.floors import RawSocket
 from benchmarks.fast_path.processes import memory_bytes, reset_peak, running, serving
 from benchmarks.fast_path.rounds import (
@@ -21,8 +23,6 @@ from benchmarks.fast_path.rounds import (
     interleaved,
 )
 from benchmarks.fast_path.setting import Setting
-
-import jacserve
 
 _CLIENT = "benchmarks.fast_path.other_client"
 _FLOORS = "benchmarks.fast_path.floors"

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from benchmarks.fast_path.processes import memory_bytes, reset_peak
 
 import jacserve
+from benchmarks.fast_path.processes import memory_bytes, reset_peak
 from jacserve.benching import empty_call
 
 # Between pings: another client that works now and then, not one more load.

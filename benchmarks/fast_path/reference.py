@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+
 from benchmarks.fast_path import functions
 
 

@@ -6,10 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fast_path.rounds import Effort, Grid, Row, Section
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from benchmarks.fast_path.rounds import Effort, Grid, Row, Section
 
 
 def print_machine(machine: Mapping[str, str], console: Console) -> None:
@@ -20,18 +21,17 @@ def print_machine(machine: Mapping[str, str], console: Console) -> None:
 
 def print_rows(rows: Sequence[Row], effort: Effort, console: Console) -> None:
     """Prints one line for each figure: its floor, the ratio and the target."""
-    table = Table(box=None, pad_edge=False, title_justify="left")
+    table = Table(box=None, pad_edge=False)
     for heading in ("", "figure", "floor", "", "ratio", "of rounds", "target", ""):
         is_number = heading in {"figure", "floor", "ratio", "of rounds", "target"}
         table.add_column(heading, justify="right" if is_number else "left")
     for row in rows:
-        has_floor = row.floor is not None
         ratio = "" if row.ratio is None else number(row.ratio)
         table.add_row(
             row.name,
             f"{number(row.figure)} {row.unit}".strip(),
             f"{number(row.floor)} {row.unit}" if row.floor is not None else "",
-            row.floor_name if has_floor else "",
+            row.floor_name,
             ratio,
             f"{number(row.least)} - {number(row.most)}",
             "" if row.target is None else str(row.target),

@@ -5,11 +5,11 @@ import time
 from collections.abc import Mapping
 
 import numpy as np
+
+import jacserve
 from benchmarks.fast_path.processes import serving
 from benchmarks.fast_path.rounds import Section, at_most, compared, interleaved
 from benchmarks.fast_path.setting import Setting
-
-import jacserve
 
 _FUNCTIONS = ("layer", "wave", "orbit")
 _N = 64

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from benchmarks.fast_path.processes import Process, running, serving
-from benchmarks.fast_path.rounds import Array, Effort
 
 import jacserve
+from benchmarks.fast_path.processes import Process, running, serving
+from benchmarks.fast_path.rounds import Array, Effort
 from jacserve.benching import empty_call
 
 

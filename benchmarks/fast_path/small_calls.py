@@ -7,6 +7,7 @@ compiled programs of the other process run while nothing else does.
 from collections.abc import Mapping
 
 import numpy as np
+
 from benchmarks.fast_path.rounds import (
     Array,
     Row,

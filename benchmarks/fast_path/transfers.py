@@ -1,10 +1,9 @@
 """Large arrays both ways, beside one plain message, a raw socket and memcpy.
 
 Downloads are batches of Jacobians [128, 128] of an elementwise function, uploads inputs
-of a sum of squares.
-The time in which the server queued and executed is subtracted, so that a transfer is
-compared with a transfer; it is printed beside. Nothing is compressed anywhere, so the
-many zeros are as long under way as other numbers.
+of a sum of squares. The time in which the server queued, compiled and executed is
+subtracted, so that a transfer is compared with a transfer; it is printed beside.
+Nothing is compressed anywhere, so zeros are as long under way as other numbers.
 """
 
 import time
@@ -13,6 +12,8 @@ from contextlib import ExitStack
 
 import grpc
 import numpy as np
+
+import jacserve
 from benchmarks.fast_path.floors import RawSocket
 from benchmarks.fast_path.processes import running
 from benchmarks.fast_path.rounds import (
@@ -26,8 +27,6 @@ from benchmarks.fast_path.rounds import (
     seconds_of,
 )
 from benchmarks.fast_path.setting import Setting
-
-import jacserve
 from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
 
 _FLOORS = "benchmarks.fast_path.floors"

@@ -5,11 +5,8 @@ many points at once are faster than one by one.
 """
 
 from benchmarks.fast_path import functions
-
+from benchmarks.fast_path.coalescing import MOST_POINTS, SIZES
 from jacserve_server import Registry, WarmUp
-
-SIZES = {"network": 64, "layer": 128, "orbit": 64}
-MOST_POINTS = 64
 
 registry = Registry()
 for name, n in SIZES.items():
