@@ -1,8 +1,8 @@
 """Waiting points computed together, beside the same one by one: two servers.
 
 They differ in `max_coalesced` alone. Of some functions many points at once take little
-more time than one, of others they do not; the server is to find out by itself, and never
-to be slower for it.
+more time than one, of others they do not; the server is to find out by itself, and
+never to be slower for it.
 """
 
 import re
