@@ -64,9 +64,12 @@ def _transfer(axes: Axes, curves: Mapping[str, Any]) -> None:
 
 
 def _batch(axes: Axes, curves: Mapping[str, Any]) -> None:
+    colors: dict[str, str] = {}
     for name, rates in curves.items():
-        style = "o-" if name.endswith("server") else "--"
-        axes.loglog(list(rates), list(rates.values()), style, label=name)
+        function, _, way = name.partition(", ")
+        color = colors.setdefault(function, f"C{len(colors)}")
+        style = "o-" if way == "server" else "--"
+        axes.loglog(list(rates), list(rates.values()), style, color=color, label=name)
     axes.set_xlabel("points in one call")
     axes.set_ylabel("points/s")
     axes.set_xscale("log", base=2)
