@@ -27,8 +27,12 @@ class Config(BaseSettings):
         device_threads: Programs that may run at once.
         compile_threads: Programs that may be compiled at once.
         max_programs: Compiled programs kept; the least recently used goes first.
-        max_queries: Queries in flight; more are refused.
-        max_queued_bytes: Bytes of requests in flight; more are refused.
+        max_streams: Calls that one connection may have open at once; further ones
+            wait in the client.
+        max_queries: Queries in flight; more are refused. One client may take a place
+            only while it has fewer than are left.
+        max_queued_bytes: Bytes in flight, of requests and of what results have beyond
+            1 MiB; more are refused, and one client has its part, as of queries.
         max_message_bytes: The largest request, and the largest result.
         max_program_bytes: Device memory that one program may take, with arguments,
             results and intermediates; None for 3/4 of what there is.
@@ -49,6 +53,7 @@ class Config(BaseSettings):
     device_threads: int = Field(default=min(os.cpu_count() or 1, 4), ge=1)
     compile_threads: int = Field(default=min(os.cpu_count() or 1, 2), ge=1)
     max_programs: int = Field(default=256, ge=1)
+    max_streams: int = Field(default=256, ge=1)
     max_queries: int = Field(default=1024, ge=1)
     max_queued_bytes: int = Field(default=2**30, ge=2**10)
     max_message_bytes: int = Field(default=64 * 2**20, ge=2**10, le=2**31 - 2**21)

@@ -1,22 +1,24 @@
 """Admits queries, and gives them the device in turn.
 
-The scheduler knows neither JAX nor gRPC: it is given an executor. Whoever is
+The scheduler knows neither JAX nor gRPC: it is given an executor. What waits is kept
+for each client, and a slot that gets free goes to the clients in turn. Whoever is
 cancelled, by a client or by a deadline, leaves the queue before any device time is
 spent; a slot of the device is free again when its thread is, not before.
 """
 
 import asyncio
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
+from jacserve_server.admission import Admission, Ticket
 from jacserve_server.batches import bucket_for
 from jacserve_server.errors import ServiceError
+from jacserve_server.fair_queue import FairQueue
 from jacserve_server.work import Outcome, ProgramKey, Sparsity, SparsityKey, Work
 
-_RETRY_AFTER_S = 0.1
+# Of a result; what is beyond counts as in flight, as the bytes of requests do.
+_FREE_BYTES = 2**20
 
 P = TypeVar("P")
 
@@ -53,6 +55,27 @@ class Executor(Protocol[P]):
         ...
 
 
+@dataclass(slots=True, eq=False)
+class _Waiting(Generic[P]):
+    """Work that waits for a slot, or has one.
+
+    Attributes:
+        work: What to run.
+        program: The program that does it.
+        client: Who asks.
+        answer: Where its outcome goes.
+        since: When it began to wait, on the monotonic clock in seconds.
+        is_queued: Whether it still waits.
+    """
+
+    work: Work
+    program: P
+    client: str
+    answer: "asyncio.Future[Outcome]"
+    since: float
+    is_queued: bool = True
+
+
 class Scheduler(Generic[P]):
     """Bounds what is in flight, queues it, and drains. Used from one event loop."""
 
@@ -65,43 +88,36 @@ class Scheduler(Generic[P]):
             executor: Runs the work.
             slots: How many pieces of work the executor runs at once.
             max_queries: The most queries in flight; more are refused at once.
-            max_bytes: The most bytes of requests in flight; one alone always fits.
+            max_bytes: The most bytes in flight, of requests and of large results; one
+                query alone always fits.
         """
         self._executor = executor
-        self._slots = asyncio.Semaphore(slots)
-        self._max_queries = max_queries
-        self._max_bytes = max_bytes
-        self._queries = 0
-        self._bytes = 0
-        self._running: set[asyncio.Future[Outcome]] = set()
-        self._is_draining = False
+        self._free_slots = slots
+        self._admission = Admission(max_queries=max_queries, max_bytes=max_bytes)
+        self._queue = FairQueue[_Waiting[P]]()
+        self._running: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
-        self._idle.set()
 
-    @contextmanager
-    def admitted(self, size_bytes: int, client: str = "") -> Generator[None]:
+    def admitted(self, size_bytes: int, client: str = "") -> Ticket:
         """Counts a query as in flight, from its arrival to its answer.
 
         Args:
             size_bytes: The size of its request.
-            client: Who asks.
+            client: Who asks; "" counts as one client.
 
-        Raises:
-            ServiceError: Too much is in flight, or the server is shutting down.
+        Returns:
+            A context manager. Entering it raises ServiceError if too much is in
+            flight, or the server is shutting down.
         """
-        self._check_room(size_bytes)
-        self._queries += 1
-        self._bytes += size_bytes
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._queries -= 1
-            self._bytes -= size_bytes
-            self._check_idle()
+        return Ticket(self._admission, client, size_bytes)
 
     async def submit(
-        self, work: Work, *, client: str = "", max_result_bytes: int | None = None
+        self,
+        work: Work,
+        *,
+        client: str = "",
+        max_result_bytes: int | None = None,
+        ticket: Ticket | None = None,
     ) -> Outcome:
         """Executes work when its turn comes.
 
@@ -109,12 +125,14 @@ class Scheduler(Generic[P]):
             work: What to run.
             client: Who asks.
             max_result_bytes: The most that its caller can take; None for any size.
+            ticket: The query's place in flight, which a large result counts for, too.
 
         Returns:
             What came of it, with the seconds it waited.
 
         Raises:
-            ServiceError: The work can't be compiled or run.
+            ServiceError: The work can't be compiled or run, or its result has no
+                room beside all that is in flight.
         """
         start = time.monotonic()
         key = ProgramKey(work.computation, bucket_for(work.batch))
@@ -127,14 +145,12 @@ class Scheduler(Generic[P]):
         if self._executor.is_brief(program):
             outcome = self._executor.run_now(program, work)
             return replace(outcome, compile_s=compile_s) if compile_s else outcome
-        queued = time.monotonic()
-        await self._slots.acquire()
-        queue_s = time.monotonic() - queued
-        running = asyncio.ensure_future(self._executor.run(program, work))
-        self._running.add(running)
-        running.add_done_callback(self._free)
-        outcome = await asyncio.shield(running)
-        return replace(outcome, queue_s=queue_s, compile_s=compile_s)
+        if ticket is not None:
+            size_bytes = self._executor.result_bytes(program, work)
+            if size_bytes > _FREE_BYTES:
+                ticket.grow(size_bytes - _FREE_BYTES)
+        outcome = await self._in_turn(program, work, client)
+        return replace(outcome, compile_s=compile_s) if compile_s else outcome
 
     async def sparsity(self, sought: SparsityKey) -> Sparsity:
         """Finds a sparsity pattern, which takes no device.
@@ -152,42 +168,58 @@ class Scheduler(Generic[P]):
 
     async def drain(self) -> None:
         """Refuses new work from now on, and waits until all that runs has finished."""
-        self._is_draining = True
+        self._admission.close(self._check_idle)
+        self._check_idle()
         await self._idle.wait()
 
-    def _free(self, running: "asyncio.Future[Outcome]") -> None:
-        self._slots.release()
+    async def _in_turn(self, program: P, work: Work, client: str) -> Outcome:
+        answer = asyncio.get_running_loop().create_future()
+        waiting = _Waiting(work, program, client, answer, time.monotonic())
+        self._queue.put(client, waiting)
+        self._give_slots()
+        try:
+            return await answer
+        finally:
+            if waiting.is_queued:
+                self._queue.remove(client, waiting)
+                self._check_idle()
+
+    def _give_slots(self) -> None:
+        """Gives free slots to those whose turn it is."""
+        while self._free_slots and self._queue:
+            waiting = next(self._queue.heads())
+            self._queue.take(waiting.client, waiting)
+            waiting.is_queued = False
+            self._free_slots -= 1
+            running = asyncio.ensure_future(self._run(waiting))
+            self._running.add(running)
+            running.add_done_callback(self._free)
+
+    async def _run(self, waiting: _Waiting[P]) -> None:
+        """Runs work that has a slot; its asker may leave, but the slot is taken."""
+        queue_s = time.monotonic() - waiting.since
+        answer = waiting.answer
+        try:
+            outcome = await self._executor.run(waiting.program, waiting.work)
+        except Exception as error:
+            if not answer.done():
+                answer.set_exception(error)
+                answer.exception()  # Its asker may leave now; the loop would complain.
+        else:
+            if not answer.done():
+                answer.set_result(replace(outcome, queue_s=queue_s))
+
+    def _free(self, running: "asyncio.Task[None]") -> None:
         self._running.discard(running)
-        if not running.cancelled():
-            running.exception()  # Its asker may be gone; the loop would complain.
+        self._free_slots += 1
+        self._give_slots()
         self._check_idle()
 
     def _check_idle(self) -> None:
-        if not self._queries and not self._running:
+        admission = self._admission
+        is_busy = admission.queries or self._queue or self._running
+        if admission.is_closed and not is_busy:
             self._idle.set()
-
-    def _check_room(self, size_bytes: int) -> None:
-        if self._is_draining:
-            raise ServiceError(
-                "SHUTTING_DOWN",
-                "the server is shutting down. Try again, or another server.",
-                retry_after_s=_RETRY_AFTER_S,
-            )
-        has_room = self._queries < self._max_queries and (
-            not self._queries or self._bytes + size_bytes <= self._max_bytes
-        )
-        if not has_room:
-            raise ServiceError(
-                "QUEUE_FULL",
-                f"{self._queries} queries of {self._bytes} bytes are in flight, and "
-                f"this server takes {self._max_queries} of {self._max_bytes}. Try "
-                f"again in {_RETRY_AFTER_S} s, or send points in batches.",
-                retry_after_s=_RETRY_AFTER_S,
-                queries=self._queries,
-                max_queries=self._max_queries,
-                bytes=self._bytes,
-                max_bytes=self._max_bytes,
-            )
 
 
 def _check_fits(result_bytes: int, max_result_bytes: int) -> None:

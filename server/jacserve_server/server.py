@@ -99,6 +99,8 @@ class Server:
                 ("grpc.max_send_message_length", message_bytes),
                 # Two servers on one port would silently share its callers.
                 ("grpc.so_reuseport", 0),
+                # A flood of one client waits there, not in our event loop.
+                ("grpc.max_concurrent_streams", config.max_streams),
             ]
         )
         pb_grpc.add_JacobianServiceServicer_to_server(
