@@ -33,6 +33,7 @@ class Config(BaseSettings):
             only while it has fewer than are left.
         max_queued_bytes: Bytes in flight, of requests and of what results have beyond
             1 MiB; more are refused, and one client has its part, as of queries.
+        max_coalesced: Waiting points that may be computed together; 1 for none.
         max_message_bytes: The largest request, and the largest result.
         max_program_bytes: Device memory that one program may take, with arguments,
             results and intermediates; None for 3/4 of what there is.
@@ -56,6 +57,7 @@ class Config(BaseSettings):
     max_streams: int = Field(default=256, ge=1)
     max_queries: int = Field(default=1024, ge=1)
     max_queued_bytes: int = Field(default=2**30, ge=2**10)
+    max_coalesced: int = Field(default=64, ge=1)
     max_message_bytes: int = Field(default=64 * 2**20, ge=2**10, le=2**31 - 2**21)
     max_program_bytes: int | None = Field(default=None, ge=2**20)
     cache_dir: Path = Field(

@@ -14,6 +14,7 @@ import jax
 
 from jacserve_server.batches import finite_points, padded
 from jacserve_server.catalog import RegisteredFunction
+from jacserve_server.coalescing import gathered, separated
 from jacserve_server.programs import (
     Device,
     Limits,
@@ -214,22 +215,24 @@ class Executor:
         """
         return self._run(program, work)
 
-    async def run(self, program: Program, work: Work) -> Outcome:
-        """Runs a program in a thread of the device.
+    async def run(self, program: Program, works: Sequence[Work]) -> list[Outcome]:
+        """Runs a program once, in a thread of the device.
 
         Args:
-            program: The program for the work's computation and batch.
-            work: On what.
+            program: The program: for the work's computation and batch, or for a batch
+                of at least as many points as there are.
+            works: A piece of work, or several points of one computation.
 
         Returns:
-            What came of it.
+            What came of each.
 
         Raises:
             ServiceError: The result is too large to send, or the device failed.
         """
         loop = asyncio.get_running_loop()
+        run = self._run_alone if len(works) == 1 else self._run_together
         return await loop.run_in_executor(
-            self._device_threads, _contained, self._run, program, work
+            self._device_threads, _contained, run, program, works
         )
 
     def close(self) -> None:
@@ -258,13 +261,26 @@ class Executor:
     def _find_sparsity(self, sought: SparsityKey) -> ColoredPattern:
         return find_sparsity(self._find(sought.function), sought)
 
-    def _run(self, program: Program, work: Work) -> Outcome:
-        computation, bucket = program.key.computation, program.key.bucket
-        check_result_size(
-            computation.function, program.row_bytes, work.batch, self._limits
-        )
+    def _run_alone(self, program: Program, works: Sequence[Work]) -> list[Outcome]:
+        [work] = works
+        return [self._run(program, work)]
+
+    def _run_together(self, program: Program, works: Sequence[Work]) -> list[Outcome]:
         start = time.monotonic()
-        arrays = program.run(padded(work, bucket))
+        outcome = self._execute(program, gathered(works, program.key), start)
+        return separated(outcome, len(works))
+
+    def _run(self, program: Program, work: Work) -> Outcome:
+        check_result_size(
+            program.key.computation.function,
+            program.row_bytes,
+            work.batch,
+            self._limits,
+        )
+        return self._execute(program, work, time.monotonic())
+
+    def _execute(self, program: Program, work: Work, start: float) -> Outcome:
+        arrays = program.run(padded(work, program.key.bucket))
         if work.batch is not None:
             arrays = [array[: work.batch] for array in arrays]
         return Outcome(

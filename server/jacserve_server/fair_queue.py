@@ -1,6 +1,6 @@
 """A queue in which clients take turns, however much each has in it."""
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterator
 from typing import Generic, TypeVar
 
@@ -10,8 +10,7 @@ T = TypeVar("T", bound=Hashable)
 class FairQueue(Generic[T]):
     """Keeps what waits for each client: round robin among clients, FIFO within one.
 
-    Every operation takes the same time however much waits. Items are told apart by
-    their identity, or whatever else they hash by.
+    To put, to take and to remove take the same time however much waits.
     """
 
     def __init__(self) -> None:
@@ -41,6 +40,17 @@ class FairQueue(Generic[T]):
         """Yields the next item of each client, in the order of their turns."""
         for items in self._clients.values():
             yield next(iter(items))
+
+    def rounds(self) -> Iterator[T]:
+        """Yields all items in the order of turns; each round has one of each client."""
+        left = deque(map(iter, self._clients.values()))
+        while left:
+            items = left.popleft()
+            try:
+                yield next(items)
+            except StopIteration:
+                continue
+            left.append(items)
 
     def take(self, client: str, item: T) -> None:
         """Removes an item that gets its turn: its client's next one comes last."""

@@ -1,24 +1,38 @@
 """Admits queries, and gives them the device in turn.
 
 The scheduler knows neither JAX nor gRPC: it is given an executor. What waits is kept
-for each client, and a slot that gets free goes to the clients in turn. Whoever is
-cancelled, by a client or by a deadline, leaves the queue before any device time is
-spent; a slot of the device is free again when its thread is, not before.
+for each client, and a slot that gets free goes to the clients in turn. Points of one
+kind that wait run as one batch, where that was measured to win. Whoever is cancelled,
+by a client or by a deadline, leaves the queue before any device time is spent; a slot
+of the device is free again when its thread is, not before.
 """
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
 from jacserve_server.admission import Admission, Ticket
 from jacserve_server.batches import bucket_for
+from jacserve_server.coalescing import Gain, Gains, buckets_to_measure, together
 from jacserve_server.errors import ServiceError
 from jacserve_server.fair_queue import FairQueue
-from jacserve_server.work import Outcome, ProgramKey, Sparsity, SparsityKey, Work
+from jacserve_server.work import (
+    Computation,
+    Outcome,
+    ProgramKey,
+    Sparsity,
+    SparsityKey,
+    Work,
+)
 
 # Of a result; what is beyond counts as in flight, as the bytes of requests do.
 _FREE_BYTES = 2**20
+# Enough for a median, and no more than a server may spend on it while it has callers.
+_FEWEST_ROUNDS, _MOST_ROUNDS = 3, 15
+_MEASURING_S = 1.0
 
 P = TypeVar("P")
 
@@ -50,34 +64,41 @@ class Executor(Protocol[P]):
         """Runs a brief program in this thread."""
         ...
 
-    async def run(self, program: P, work: Work) -> Outcome:
-        """Runs a program on the inputs of a piece of work."""
+    async def run(self, program: P, works: Sequence[Work]) -> list[Outcome]:
+        """Runs a program once: on a piece of work, or on several points together."""
         ...
 
 
 @dataclass(slots=True, eq=False)
 class _Waiting(Generic[P]):
-    """Work that waits for a slot, or has one.
+    """What waits for a slot, or has one.
 
     Attributes:
-        work: What to run.
+        works: A piece of work, or several points that are to run together.
         program: The program that does it.
         client: Who asks.
-        answer: Where its outcome goes.
+        kind: The computation of a point that may run together with its like, else
+            None.
+        answer: Where the outcomes go.
         since: When it began to wait, on the monotonic clock in seconds.
         is_queued: Whether it still waits.
     """
 
-    work: Work
+    works: Sequence[Work]
     program: P
     client: str
-    answer: "asyncio.Future[Outcome]"
+    kind: Computation | None
+    answer: "asyncio.Future[list[Outcome]]"
     since: float
     is_queued: bool = True
 
 
 class Scheduler(Generic[P]):
-    """Bounds what is in flight, queues it, and drains. Used from one event loop."""
+    """Bounds what is in flight, queues it, and drains. Used from one event loop.
+
+    Attributes:
+        gains: What was measured of computing points together.
+    """
 
     def __init__(
         self, executor: Executor[P], *, slots: int, max_queries: int, max_bytes: int
@@ -91,10 +112,13 @@ class Scheduler(Generic[P]):
             max_bytes: The most bytes in flight, of requests and of large results; one
                 query alone always fits.
         """
+        self.gains = Gains()
         self._executor = executor
         self._free_slots = slots
         self._admission = Admission(max_queries=max_queries, max_bytes=max_bytes)
         self._queue = FairQueue[_Waiting[P]]()
+        # The same once more, of those that may run together: each kind by itself.
+        self._alike: dict[Computation, FairQueue[_Waiting[P]]] = {}
         self._running: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
 
@@ -149,8 +173,50 @@ class Scheduler(Generic[P]):
             size_bytes = self._executor.result_bytes(program, work)
             if size_bytes > _FREE_BYTES:
                 ticket.grow(size_bytes - _FREE_BYTES)
-        outcome = await self._in_turn(program, work, client)
+        is_point = work.batch is None and not work.is_exact
+        kind = work.computation if is_point else None
+        [outcome] = await self._in_turn(program, [work], client, kind)
         return replace(outcome, compile_s=compile_s) if compile_s else outcome
+
+    async def measure_gain(self, work: Work, most: int) -> Gain | None:
+        """Measures whether points of one kind are better computed together.
+
+        The programs are compiled first, and each run waits for its turn, as any other
+        work does.
+
+        Args:
+            work: One point.
+            most: The most points that may be computed at once.
+
+        Returns:
+            What it found, and will go by; None where there is nothing to find out:
+            the program of one point is brief, or no batch can be compiled.
+
+        Raises:
+            ServiceError: The work can't be compiled or run.
+        """
+        single = await self._executor.prepare(ProgramKey(work.computation, None))
+        programs = {1: single}
+        if not self._executor.is_brief(single):
+            batch = together(work.computation)
+            for bucket in buckets_to_measure(most):
+                key = ProgramKey(batch, bucket)
+                try:
+                    programs[bucket] = await self._executor.prepare(key)
+                except ServiceError:
+                    break  # Larger ones would not fit, either.
+        if len(programs) == 1:
+            return None
+        seconds: dict[int, list[float]] = {rows: [] for rows in programs}
+        end = time.monotonic() + _MEASURING_S
+        for turn in range(-1, _MOST_ROUNDS):
+            for rows, program in programs.items():
+                outcomes = await self._in_turn(program, [work] * rows, "", None)
+                if turn >= 0:  # The first runs are slow.
+                    seconds[rows].append(outcomes[0].execute_s)
+            if turn + 1 >= _FEWEST_ROUNDS and time.monotonic() > end:
+                break
+        return self.gains.record(work.computation, seconds)
 
     async def sparsity(self, sought: SparsityKey) -> Sparsity:
         """Finds a sparsity pattern, which takes no device.
@@ -172,42 +238,88 @@ class Scheduler(Generic[P]):
         self._check_idle()
         await self._idle.wait()
 
-    async def _in_turn(self, program: P, work: Work, client: str) -> Outcome:
+    async def _in_turn(
+        self,
+        program: P,
+        works: Sequence[Work],
+        client: str,
+        kind: Computation | None,
+    ) -> list[Outcome]:
+        if kind is not None and not self.gains.wins(kind):
+            kind = None
         answer = asyncio.get_running_loop().create_future()
-        waiting = _Waiting(work, program, client, answer, time.monotonic())
+        waiting = _Waiting(works, program, client, kind, answer, time.monotonic())
         self._queue.put(client, waiting)
+        if kind is not None:
+            self._alike.setdefault(kind, FairQueue()).put(client, waiting)
         self._give_slots()
         try:
             return await answer
         finally:
             if waiting.is_queued:
-                self._queue.remove(client, waiting)
+                self._leave_queue(waiting)
                 self._check_idle()
+
+    def _leave_queue(self, waiting: _Waiting[P], *, is_its_turn: bool = False) -> None:
+        leave = self._queue.take if is_its_turn else self._queue.remove
+        leave(waiting.client, waiting)
+        waiting.is_queued = False
+        if waiting.kind is not None:
+            alike = self._alike[waiting.kind]
+            alike.take(waiting.client, waiting)
+            if not alike:
+                del self._alike[waiting.kind]
 
     def _give_slots(self) -> None:
         """Gives free slots to those whose turn it is."""
         while self._free_slots and self._queue:
-            waiting = next(self._queue.heads())
-            self._queue.take(waiting.client, waiting)
-            waiting.is_queued = False
+            first = next(self._queue.heads())
+            program, mates = self._mates(first)
+            self._leave_queue(first, is_its_turn=True)
+            for mate in mates:
+                self._leave_queue(mate)
             self._free_slots -= 1
-            running = asyncio.ensure_future(self._run(waiting))
+            running = asyncio.ensure_future(self._run(program, [first, *mates]))
             self._running.add(running)
             running.add_done_callback(self._free)
 
-    async def _run(self, waiting: _Waiting[P]) -> None:
-        """Runs work that has a slot; its asker may leave, but the slot is taken."""
-        queue_s = time.monotonic() - waiting.since
-        answer = waiting.answer
+    def _mates(self, first: _Waiting[P]) -> tuple[P, list[_Waiting[P]]]:
+        """Returns the program to run, and those that wait and run with the first."""
+        if first.kind is not None:
+            alike = self._alike[first.kind]
+            for key in self.gains.programs(first.kind, len(alike)):
+                program = self._executor.ready(key)
+                if program is not None and key.bucket is not None:
+                    others = (each for each in alike.rounds() if each is not first)
+                    return program, list(islice(others, key.bucket - 1))
+        return first.program, []
+
+    async def _run(self, program: P, members: list[_Waiting[P]]) -> None:
+        """Runs what has a slot; its askers may leave, but the slot is taken."""
+        start = time.monotonic()
+        works = [work for member in members for work in member.works]
         try:
-            outcome = await self._executor.run(waiting.program, waiting.work)
+            outcomes = iter(await self._executor.run(program, works))
         except Exception as error:
-            if not answer.done():
-                answer.set_exception(error)
-                answer.exception()  # Its asker may leave now; the loop would complain.
-        else:
-            if not answer.done():
-                answer.set_result(replace(outcome, queue_s=queue_s))
+            if len(members) > 1:
+                self._queue_again(members)
+            elif not members[0].answer.done():
+                members[0].answer.set_exception(error)
+                # Its asker may leave just now, and the loop would complain.
+                members[0].answer.exception()
+            return
+        for member in members:
+            queue_s = start - member.since
+            own = [replace(next(outcomes), queue_s=queue_s) for _ in member.works]
+            if not member.answer.done():
+                member.answer.set_result(own)
+
+    def _queue_again(self, members: list[_Waiting[P]]) -> None:
+        """Has each run by itself, next in its turn: one of them is at fault."""
+        for member in reversed(members):
+            if not member.answer.done():
+                member.kind, member.is_queued = None, True
+                self._queue.put(member.client, member, is_first=True)
 
     def _free(self, running: "asyncio.Task[None]") -> None:
         self._running.discard(running)

@@ -21,18 +21,19 @@ from grpc_reflection.v1alpha import reflection
 
 from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
 from jacserve_server import compile_cache
-from jacserve_server.catalog import Catalog
+from jacserve_server.batches import bucket_for
+from jacserve_server.catalog import Catalog, RegisteredFunction
 from jacserve_server.config import Config
 from jacserve_server.errors import ServiceError
 from jacserve_server.executor import Executor, find_device, memory_budget
 from jacserve_server.measurements import Measurements
 from jacserve_server.programs import Limits
 from jacserve_server.registration import build_catalog
-from jacserve_server.registry import Registry
+from jacserve_server.registry import Registry, WarmUp
 from jacserve_server.scheduler import Scheduler
 from jacserve_server.service import JacobianService
 from jacserve_server.signature import FunctionSpec
-from jacserve_server.warmup import first_work, further_work
+from jacserve_server.warmup import first_work, further_work, single_point
 from jacserve_server.work import Work
 
 T = TypeVar("T")
@@ -87,7 +88,7 @@ class Server:
         )
         self._warming: asyncio.Task[None] | None = None
         self._warm_ups = [
-            (function.spec, warm_up)
+            (function, warm_up)
             for function in catalog.functions
             for warm_up in function.warm_up
         ]
@@ -143,7 +144,7 @@ class Server:
         await self._server.start()
         try:
             for function, warm_up in self._warm_ups:
-                await self._warm_up(function, first_work(function, warm_up))
+                await self._warm_up(function.spec, first_work(function.spec, warm_up))
         except BaseException:  # It was cancelled, or can't be made ready.
             await self._server.stop(None)
             self._executor.close()
@@ -166,11 +167,30 @@ class Server:
 
     async def _warm_up_further(self) -> None:
         for function, warm_up in self._warm_ups:
-            for work in further_work(function, warm_up):
+            for work in further_work(function.spec, warm_up):
                 try:
-                    await self._warm_up(function, work)
+                    await self._warm_up(function.spec, work)
                 except WarmUpError as error:
                     _log.warning("%s", error)
+            await self._measure_gain(function, warm_up)
+
+    async def _measure_gain(
+        self, function: RegisteredFunction, warm_up: WarmUp
+    ) -> None:
+        bucket = bucket_for(warm_up.batch) or 1
+        most = min(self._config.max_coalesced, bucket)
+        if most == 1 or not function.batchable:
+            return
+        resource = function.spec.resource
+        try:
+            point = single_point(function.spec, warm_up)
+            gain = await self._scheduler.measure_gain(point, most)
+        except ServiceError as error:
+            _log.warning("%s can't be timed: %s", resource, error.message)
+            return
+        if gain is not None:
+            largest = gain.largest
+            _log.info("%s: up to %d points are computed together", resource, largest)
 
     async def stop(self) -> bool:
         """Drains: not ready, running calls finish within the grace, then closed.
