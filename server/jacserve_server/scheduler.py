@@ -9,8 +9,9 @@ of the device is free again when its thread is, not before.
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
@@ -19,6 +20,7 @@ from jacserve_server.batches import bucket_for
 from jacserve_server.coalescing import Gain, Gains, buckets_to_measure, together
 from jacserve_server.errors import ServiceError
 from jacserve_server.fair_queue import FairQueue
+from jacserve_server.sharding import divided, joined, part_rows
 from jacserve_server.work import (
     Computation,
     Outcome,
@@ -40,6 +42,19 @@ P = TypeVar("P")
 class Executor(Protocol[P]):
     """What the scheduler needs of an executor; P is its handle of a program."""
 
+    @property
+    def places(self) -> int:
+        """How many devices it has."""
+        ...
+
+    def on(self, program: P, place: int) -> P | None:
+        """Returns a ready program on a device; has it made there, else."""
+        ...
+
+    def when_ready(self, call: Callable[[], None]) -> None:
+        """Has a function called whenever a program got ready on another device."""
+        ...
+
     def ready(self, key: ProgramKey) -> P | None:
         """Returns a program that can run now, else None."""
         ...
@@ -54,6 +69,10 @@ class Executor(Protocol[P]):
 
     def result_bytes(self, program: P, work: Work) -> int:
         """Returns the bytes of the result, as far as they are known before."""
+        ...
+
+    def check_size(self, program: P, work: Work) -> None:
+        """Raises ServiceError if the result is too large to send."""
         ...
 
     def is_brief(self, program: P) -> bool:
@@ -101,20 +120,29 @@ class Scheduler(Generic[P]):
     """
 
     def __init__(
-        self, executor: Executor[P], *, slots: int, max_queries: int, max_bytes: int
+        self,
+        executor: Executor[P],
+        *,
+        slots: int,
+        max_queries: int,
+        max_bytes: int,
+        shard_rows: int = 2**62,
     ) -> None:
         """Starts idle.
 
         Args:
             executor: Runs the work.
-            slots: How many pieces of work the executor runs at once.
+            slots: How many pieces of work each device runs at once.
             max_queries: The most queries in flight; more are refused at once.
             max_bytes: The most bytes in flight, of requests and of large results; one
                 query alone always fits.
+            shard_rows: Batches of at least so many rows are divided among devices.
         """
         self.gains = Gains()
         self._executor = executor
-        self._free_slots = slots
+        self._free_slots = [slots] * executor.places
+        self._shard_rows = shard_rows if executor.places > 1 else 2**62
+        executor.when_ready(self._give_slots)
         self._admission = Admission(max_queries=max_queries, max_bytes=max_bytes)
         self._queue = FairQueue[_Waiting[P]]()
         # The same once more, of those that may run together: each kind by itself.
@@ -159,23 +187,30 @@ class Scheduler(Generic[P]):
                 room beside all that is in flight.
         """
         start = time.monotonic()
-        key = ProgramKey(work.computation, bucket_for(work.batch))
+        rows = work.batch
+        if rows is not None and rows >= self._shard_rows:
+            rows = part_rows(rows, self._executor.places)
+        key = ProgramKey(work.computation, bucket_for(rows))
         program, compile_s = self._executor.ready(key), 0.0
         if program is None:
             program = await self._executor.prepare(key)
             compile_s = time.monotonic() - start
+        self._executor.check_size(program, work)
         if max_result_bytes is not None:
             _check_fits(self._executor.result_bytes(program, work), max_result_bytes)
-        if self._executor.is_brief(program):
+        if rows == work.batch and self._executor.is_brief(program):
             outcome = self._executor.run_now(program, work)
             return replace(outcome, compile_s=compile_s) if compile_s else outcome
         if ticket is not None:
             size_bytes = self._executor.result_bytes(program, work)
             if size_bytes > _FREE_BYTES:
                 ticket.grow(size_bytes - _FREE_BYTES)
-        is_point = work.batch is None and not work.is_exact
-        kind = work.computation if is_point else None
-        [outcome] = await self._in_turn(program, [work], client, kind)
+        if rows is not None and rows != work.batch:
+            outcome = await self._divided(program, work, rows, client)
+        else:
+            is_point = rows is None and not work.is_exact
+            kind = work.computation if is_point else None
+            [outcome] = await self._in_turn(program, [work], client, kind)
         return replace(outcome, compile_s=compile_s) if compile_s else outcome
 
     async def measure_gain(self, work: Work, most: int) -> Gain | None:
@@ -238,6 +273,20 @@ class Scheduler(Generic[P]):
         self._check_idle()
         await self._idle.wait()
 
+    async def _divided(self, program: P, work: Work, rows: int, client: str) -> Outcome:
+        """Runs the parts of a large batch on whatever devices are free for them."""
+        parts = [
+            self._enter_queue(program, [part], client, None)
+            for part in divided(work, rows)
+        ]
+        try:
+            outcomes = await asyncio.gather(*(part.answer for part in parts))
+        finally:
+            for part in parts:
+                self._give_up(part)
+        # It copies all of the results, which other calls need not wait for.
+        return await asyncio.to_thread(joined, [outcome for [outcome] in outcomes])
+
     async def _in_turn(
         self,
         program: P,
@@ -245,6 +294,19 @@ class Scheduler(Generic[P]):
         client: str,
         kind: Computation | None,
     ) -> list[Outcome]:
+        waiting = self._enter_queue(program, works, client, kind)
+        try:
+            return await waiting.answer
+        finally:
+            self._give_up(waiting)
+
+    def _enter_queue(
+        self,
+        program: P,
+        works: Sequence[Work],
+        client: str,
+        kind: Computation | None,
+    ) -> _Waiting[P]:
         if kind is not None and not self.gains.wins(kind):
             kind = None
         answer = asyncio.get_running_loop().create_future()
@@ -253,12 +315,13 @@ class Scheduler(Generic[P]):
         if kind is not None:
             self._alike.setdefault(kind, FairQueue()).put(client, waiting)
         self._give_slots()
-        try:
-            return await answer
-        finally:
-            if waiting.is_queued:
-                self._leave_queue(waiting)
-                self._check_idle()
+        return waiting
+
+    def _give_up(self, waiting: _Waiting[P]) -> None:
+        """Takes out of the queue what nobody waits for any more."""
+        if waiting.is_queued:
+            self._leave_queue(waiting)
+            self._check_idle()
 
     def _leave_queue(self, waiting: _Waiting[P], *, is_its_turn: bool = False) -> None:
         leave = self._queue.take if is_its_turn else self._queue.remove
@@ -272,27 +335,39 @@ class Scheduler(Generic[P]):
 
     def _give_slots(self) -> None:
         """Gives free slots to those whose turn it is."""
-        while self._free_slots and self._queue:
-            first = next(self._queue.heads())
-            program, mates = self._mates(first)
+        while self._queue and (found := self._next()) is not None:
+            place, first = found
+            program, mates = self._mates(first, place)
             self._leave_queue(first, is_its_turn=True)
             for mate in mates:
                 self._leave_queue(mate)
-            self._free_slots -= 1
+            self._free_slots[place] -= 1
             running = asyncio.ensure_future(self._run(program, [first, *mates]))
             self._running.add(running)
-            running.add_done_callback(self._free)
+            running.add_done_callback(partial(self._free, place))
 
-    def _mates(self, first: _Waiting[P]) -> tuple[P, list[_Waiting[P]]]:
+    def _next(self) -> tuple[int, _Waiting[P]] | None:
+        """Returns a device with a free slot, and who is the next that it can serve."""
+        free = [place for place, slots in enumerate(self._free_slots) if slots]
+        for place in sorted(free, key=lambda place: -self._free_slots[place]):
+            for first in self._queue.heads():
+                if self._executor.on(first.program, place) is not None:
+                    return place, first
+        return None
+
+    def _mates(self, first: _Waiting[P], place: int) -> tuple[P, list[_Waiting[P]]]:
         """Returns the program to run, and those that wait and run with the first."""
         if first.kind is not None:
             alike = self._alike[first.kind]
             for key in self.gains.programs(first.kind, len(alike)):
-                program = self._executor.ready(key)
+                ready = self._executor.ready(key)
+                program = None if ready is None else self._executor.on(ready, place)
                 if program is not None and key.bucket is not None:
                     others = (each for each in alike.rounds() if each is not first)
                     return program, list(islice(others, key.bucket - 1))
-        return first.program, []
+        alone = self._executor.on(first.program, place)
+        assert alone is not None  # Else the device would not have been chosen.
+        return alone, []
 
     async def _run(self, program: P, members: list[_Waiting[P]]) -> None:
         """Runs what has a slot; its askers may leave, but the slot is taken."""
@@ -321,9 +396,9 @@ class Scheduler(Generic[P]):
                 member.kind, member.is_queued = None, True
                 self._queue.put(member.client, member, is_first=True)
 
-    def _free(self, running: "asyncio.Task[None]") -> None:
+    def _free(self, place: int, running: "asyncio.Task[None]") -> None:
         self._running.discard(running)
-        self._free_slots += 1
+        self._free_slots[place] += 1
         self._give_slots()
         self._check_idle()
 

@@ -25,7 +25,12 @@ from jacserve_server.batches import bucket_for
 from jacserve_server.catalog import Catalog, RegisteredFunction
 from jacserve_server.config import Config
 from jacserve_server.errors import ServiceError
-from jacserve_server.executor import Executor, find_device, memory_budget
+from jacserve_server.executor import (
+    Executor,
+    default_threads,
+    find_devices,
+    memory_budget,
+)
 from jacserve_server.measurements import Measurements
 from jacserve_server.programs import Limits
 from jacserve_server.registration import build_catalog
@@ -66,25 +71,29 @@ class Server:
             DeviceError: The device is not there.
         """
         self._config = config
-        device = find_device(config.device)
+        devices = find_devices(config.device)
+        device, *others = devices
+        threads = config.device_threads or default_threads(devices)
         measurements = Measurements.load(config.cache_dir)
         self._executor = Executor(
             catalog.find,
             device,
-            threads=config.device_threads,
+            others=others,
+            threads=threads,
             compile_threads=config.compile_threads,
             max_programs=config.max_programs,
             limits=Limits(
                 result_bytes=config.max_message_bytes,
-                program_bytes=config.max_program_bytes or memory_budget(device),
+                program_bytes=config.max_program_bytes or memory_budget(devices),
             ),
             measured=partial(measurements.find, device=device.device_kind),
         )
         self._scheduler = Scheduler(
             self._executor,
-            slots=config.device_threads,
+            slots=threads,
             max_queries=config.max_queries,
             max_bytes=config.max_queued_bytes,
+            shard_rows=config.shard_rows,
         )
         self._warming: asyncio.Task[None] | None = None
         self._warm_ups = [

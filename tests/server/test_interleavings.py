@@ -21,7 +21,9 @@ from jacserve_server.work import (
     Work,
 )
 
-SLOTS = 2
+# Of each of two devices; the second has only the programs of the first kind.
+SLOTS = 1
+Handle = tuple[ProgramKey, int]
 OUTLINE = Outline("f@1", (), {}, {}, Strategy(), None, "fake:0")
 KINDS = [
     Computation(
@@ -35,37 +37,50 @@ POWERS = {"squares@1": 2, "cubes@1": 3}
 class Executor:
     """Computes powers of the number in a work's input; fails where that is negative."""
 
+    places = 2
+
     def __init__(self, steps: Sequence[int]) -> None:
         self._steps = iter(steps)
-        self.running = 0
+        self.running = Counter[int]()
         self.most_running = 0
         self.ran: Counter[float] = Counter()
 
-    def ready(self, key: ProgramKey) -> ProgramKey:
-        return key
+    def ready(self, key: ProgramKey) -> Handle:
+        return key, 0
 
-    async def prepare(self, key: ProgramKey) -> ProgramKey:
-        return key
+    async def prepare(self, key: ProgramKey) -> Handle:
+        return key, 0
 
     async def sparsity(self, sought: Any) -> Any:
         raise NotImplementedError
 
-    def result_bytes(self, program: ProgramKey, work: Work) -> int:
+    def on(self, program: Handle, place: int) -> Handle | None:
+        key, _ = program
+        is_there = place == 0 or key.computation.function == "squares@1"
+        return (key, place) if is_there else None
+
+    def when_ready(self, call: Any) -> None:
+        del call
+
+    def check_size(self, program: Handle, work: Work) -> None:
+        del program, work
+
+    def result_bytes(self, program: Handle, work: Work) -> int:
         return 8
 
-    def is_brief(self, program: ProgramKey) -> bool:
+    def is_brief(self, program: Handle) -> bool:
         return False
 
-    def run_now(self, program: ProgramKey, work: Work) -> Outcome:
+    def run_now(self, program: Handle, work: Work) -> Outcome:
         raise NotImplementedError
 
-    async def run(self, program: ProgramKey, works: Sequence[Work]) -> list[Outcome]:
-        assert len(works) <= (program.bucket or 1)
-        assert all(
-            work.computation.function == program.computation.function for work in works
-        )
-        self.running += 1
-        self.most_running = max(self.most_running, self.running)
+    async def run(self, program: Handle, works: Sequence[Work]) -> list[Outcome]:
+        key, place = program
+        function = key.computation.function
+        assert len(works) <= (key.bucket or 1)
+        assert all(work.computation.function == function for work in works)
+        self.running[place] += 1
+        self.most_running = max(self.most_running, self.running[place])
         try:
             for _ in range(next(self._steps, 0)):
                 await asyncio.sleep(0)
@@ -73,14 +88,14 @@ class Executor:
             if min(numbers) < 0:
                 raise ServiceError("EXECUTION_FAILED", "a number is negative")
             self.ran.update(numbers)
-            power = POWERS[program.computation.function]
+            power = POWERS[function]
             return [
                 Outcome(OUTLINE, (np.array(number**power),), np.array(True), 0.0,
                         coalesced_count=len(works))
                 for number in numbers
             ]  # fmt: skip
         finally:
-            self.running -= 1
+            self.running[place] -= 1
 
 
 @dataclass(frozen=True)
@@ -149,7 +164,7 @@ async def play(planned: list[Call], steps: list[int]) -> tuple[Executor, list[An
 @given(planned=st.lists(calls, max_size=40), steps=st.lists(st.integers(0, 6)))
 def test_each_gets_its_own_answer_once(planned: list[Call], steps: list[int]) -> None:
     executor, answers = asyncio.run(asyncio.wait_for(play(planned, steps), 20))
-    assert executor.running == 0
+    assert not executor.running.total()
     assert executor.most_running <= SLOTS
     assert all(count == 1 for count in executor.ran.values())
     for number, (call, answer) in enumerate(zip(planned, answers, strict=True), 1):

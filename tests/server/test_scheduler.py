@@ -1,6 +1,7 @@
 """The scheduler by itself: bounds and draining, with a fake executor."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from jacserve_server.fair_queue import FairQueue
 from jacserve_server.scheduler import Scheduler
 from jacserve_server.work import (
     Computation,
+    InputSpec,
     Outcome,
     Outline,
     ProgramKey,
@@ -28,13 +30,26 @@ def outcome() -> Outcome:
 class FakeExecutor:
     """Compiles nothing, runs until its gate opens, and keeps a diary."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: int = 1) -> None:
+        self.places = places
+        self.has = {("f@1", 0)}
         self.gate = asyncio.Event()
         self.diary: list[str] = []
         self.order: list[str] = []
 
     def ready(self, key: ProgramKey) -> None:
         del key
+
+    def on(self, program: str, place: int) -> str | None:
+        if place == 0:
+            return program
+        return f"{program} on {place}" if (program, place) in self.has else None
+
+    def when_ready(self, call: Callable[[], None]) -> None:
+        self.call = call
+
+    def check_size(self, program: str, work: Work) -> None:
+        del program, work
 
     def result_bytes(self, program: str, work: Work) -> int:
         del work
@@ -61,10 +76,10 @@ class FakeExecutor:
         return [outcome() for _ in works]
 
 
-def make(slots: int = 1, max_queries: int = 3, max_bytes: int = 100):
-    executor = FakeExecutor()
+def make(slots: int = 1, max_queries: int = 3, max_bytes: int = 100, places: int = 1):
+    executor = FakeExecutor(places)
     limits = {"slots": slots, "max_queries": max_queries, "max_bytes": max_bytes}
-    return Scheduler(executor, **limits), executor
+    return Scheduler(executor, shard_rows=100, **limits), executor
 
 
 async def call(
@@ -306,3 +321,62 @@ def test_the_order_stays_when_some_leave() -> None:
         found.append(item)
     assert found == ["a0", "c-", "a2", "c0", "c1"]
     assert list(queue.heads()) == []
+
+
+def test_a_device_without_the_program_is_used_as_soon_as_it_has_it() -> None:
+    async def scenario() -> None:
+        scheduler, executor = make(slots=2, max_queries=99, places=2)
+        calls = [asyncio.create_task(call(scheduler)) for _ in range(5)]
+        await settled()
+        assert executor.order == ["f", "f"]
+        executor.has.add(("f@1", 1))
+        executor.call()
+        await settled()
+        assert executor.order == ["f", "f"] + ["f@1 on 1"] * 2
+        executor.gate.set()
+        await asyncio.gather(*calls)
+        assert len(executor.order) == 5
+
+    run(scenario())
+
+
+def test_the_emptier_device_goes_first() -> None:
+    async def scenario() -> None:
+        scheduler, executor = make(slots=2, max_queries=99, places=2)
+        executor.has.add(("f@1", 1))
+        calls = [asyncio.create_task(call(scheduler)) for _ in range(4)]
+        await settled()
+        assert executor.order == ["f", "f@1 on 1"] * 2
+        executor.gate.set()
+        await asyncio.gather(*calls)
+
+    run(scenario())
+
+
+def test_who_waits_for_another_device_holds_up_no_other_client() -> None:
+    async def scenario() -> None:
+        scheduler, executor = make(slots=1, max_queries=99, places=2)
+        executor.has.add(("g@1", 1))
+        calls = [asyncio.create_task(call(scheduler, client="a")) for _ in range(3)]
+        calls.append(asyncio.create_task(call(scheduler, client="b", name="g")))
+        await settled()
+        assert executor.order == ["f", "g@1 on 1"]
+        executor.gate.set()
+        await asyncio.gather(*calls)
+
+    run(scenario())
+
+
+def test_when_a_part_fails_those_that_wait_cost_no_device_time() -> None:
+    async def scenario() -> None:
+        scheduler, executor = make(max_queries=99, places=4)
+        executor.gate = None  # pyright: ignore[reportAttributeAccessIssue]
+        inputs = (InputSpec((), "float64", is_batched=True),)
+        computation = Computation("f@1", ("value",), (), None, "matrix", inputs)
+        with pytest.raises(AttributeError):
+            await scheduler.submit(Work(computation, (np.zeros(1000),), 1000))
+        await scheduler.drain()
+        # The device that was free had the first part; by then the second had begun.
+        assert len(executor.order) <= 2
+
+    run(scenario())
