@@ -48,6 +48,10 @@ test: $(VENV)/.dev ## Runs the tests
 test-slow: $(VENV)/.dev ## Runs the tests that take longer, such as the gallery's pages
 	@$(BIN)/python -m pytest -m slow
 
+.PHONY: test-gpu
+test-gpu: $(VENV)/.dev ## Runs the tests that need a GPU; says so where there is none
+	@$(BIN)/python -m pytest -n 0 -m gpu -rs
+
 .PHONY: gallery
 gallery: $(VENV)/.dev ## Runs the pages of examples/gallery, and draws their pictures
 	@$(BIN)/python examples/gallery/run.py
