@@ -149,8 +149,6 @@ def serving(
     """
     env = {
         "JACSERVE_CACHE_DIR": str(cache_dir),
-        # The largest arrays here have 256 MiB.
-        "JACSERVE_MAX_MESSAGE_BYTES": str(2**29),
         **{f"JACSERVE_{name.upper()}": str(value) for name, value in settings.items()},
     }
     command = ("serve", functions, "--port", "0", "--device", device)
