@@ -92,7 +92,26 @@ def test_points_that_wait_are_computed_together_and_agree(target: str) -> None:
         np.testing.assert_allclose(numbers(result), numbers(expected), rtol=1e-9)
 
 
-@pytest.mark.xfail(reason="the service does not say yet who asks", strict=False)
+def test_exact_queries_give_the_same_bits_whatever_else_is_asked(target: str) -> None:
+    random = np.random.default_rng(4)
+    points = [(random.normal(size=400), random.normal(size=())) for _ in range(16)]
+    asked = [query("energy", *point) for point in points]
+    exact = [query("energy", *point) for point in points]
+    for each in exact:
+        each.exact = True
+    with sender(target) as ask, ThreadPoolExecutor(48) as pool:
+        alone = list(map(ask, exact))
+        end = time.monotonic() + 60
+        others: list[pb.Result] = []
+        while time.monotonic() < end and all(r.coalesced_count == 1 for r in others):
+            found = pool.map(ask, exact)
+            others = list(pool.map(ask, asked * 2))
+            for result, expected in zip(found, alone, strict=True):
+                assert result.coalesced_count == 1
+                np.testing.assert_array_equal(numbers(result), numbers(expected))
+    assert max(result.coalesced_count for result in others) > 1
+
+
 def test_a_flood_of_one_client_does_not_starve_another(target: str) -> None:
     slow_query = query("slow", np.ones(3))
     del slow_query.quantities[1:]  # A callback has no gradient.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from jacserve_server.errors import ServiceError
 from jacserve_server.scheduler import Scheduler
@@ -160,7 +160,7 @@ async def play(planned: list[Call], steps: list[int]) -> tuple[Executor, list[An
     return executor, answers
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(planned=st.lists(calls, max_size=40), steps=st.lists(st.integers(0, 6)))
 def test_each_gets_its_own_answer_once(planned: list[Call], steps: list[int]) -> None:
     executor, answers = asyncio.run(asyncio.wait_for(play(planned, steps), 20))
