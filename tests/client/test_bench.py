@@ -103,6 +103,18 @@ def test_arguments_may_be_shared(bench, tmp_path: Path) -> None:
     assert report["inputs"] == "pixels: float64[2, 784], weights: float64[10, 785]"
 
 
+def test_calls_may_share_one_session(bench, tmp_path: Path) -> None:
+    done = bench(
+        "spherical", "--session", "-c", 2, "--seconds", 0.2, "--json", "session.json"
+    )
+    report = json.loads((tmp_path / "session.json").read_text())
+    assert report["session"]
+    assert "one session" in done.stdout
+    [level] = report["levels"]
+    assert level["errors"] == 0
+    assert level["calls"] > level["callers"]
+
+
 def test_interrupted_it_prints_what_was_measured(target: str, tmp_path: Path) -> None:
     file = tmp_path / "part.json"
     levels = ",".join(["1"] * 200)
