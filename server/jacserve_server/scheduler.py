@@ -186,18 +186,17 @@ class Scheduler(Generic[P]):
     async def submit(
         self,
         work: Work,
-        *,
-        client: str = "",
-        max_result_bytes: int | None = None,
         ticket: Ticket | None = None,
+        *,
+        max_result_bytes: int | None = None,
     ) -> Outcome:
         """Executes work when its turn comes.
 
         Args:
             work: What to run.
-            client: Who asks.
+            ticket: The query's place in flight: says who asks, and counts for a large
+                result, too. None for the server's own work.
             max_result_bytes: The most that its caller can take; None for any size.
-            ticket: The query's place in flight, which a large result counts for, too.
 
         Returns:
             What came of it, with the seconds it waited.
@@ -207,6 +206,7 @@ class Scheduler(Generic[P]):
                 room beside all that is in flight.
         """
         start = time.monotonic()
+        client = ticket.client if ticket is not None else ""
         rows = work.batch
         if rows is not None and rows >= self._shard_rows:
             rows = part_rows(rows, self._executor.places)

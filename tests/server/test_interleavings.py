@@ -131,7 +131,7 @@ async def ask(scheduler: Scheduler[Any], number: int, call: Call) -> Outcome:
         sign = -1 if call.is_bad else 1
         array = np.array(float(sign * number))
         work = Work(call.kind, (array,), None, is_exact=call.is_exact)
-        return await scheduler.submit(work, client=call.client, ticket=ticket)
+        return await scheduler.submit(work, ticket)
 
 
 async def leave(asking: "asyncio.Task[Outcome]", patience: int) -> None:

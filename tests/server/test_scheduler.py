@@ -88,7 +88,7 @@ async def call(
     computation = Computation(f"{name}@1", ("value",), (), None, "matrix", ())
     with scheduler.admitted(size_bytes, client=client) as ticket:
         work = Work(computation, (), None)
-        return await scheduler.submit(work, client=client, ticket=ticket)
+        return await scheduler.submit(work, ticket)
 
 
 async def settled() -> None:
