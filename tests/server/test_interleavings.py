@@ -74,7 +74,10 @@ class Executor:
     def run_now(self, program: Handle, work: Work) -> Outcome:
         raise NotImplementedError
 
-    async def run(self, program: Handle, works: Sequence[Work]) -> list[Outcome]:
+    def run(self, program: Handle, works: Sequence[Work]) -> Any:
+        return asyncio.ensure_future(self._run(program, works))
+
+    async def _run(self, program: Handle, works: Sequence[Work]) -> list[Outcome]:
         key, place = program
         function = key.computation.function
         assert len(works) <= (key.bucket or 1)

@@ -68,7 +68,10 @@ class FakeExecutor:
     async def prepare(self, key: ProgramKey) -> str:
         return key.computation.function
 
-    async def run(self, program: str, works: Any) -> Any:
+    def run(self, program: str, works: Any) -> Any:
+        return asyncio.ensure_future(self._run(program, works))
+
+    async def _run(self, program: str, works: Any) -> Any:
         self.diary.append("started")
         self.order.append(program.removesuffix("@1"))
         await self.gate.wait()
