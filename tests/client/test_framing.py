@@ -59,7 +59,7 @@ def encoded_tensors(draw: st.DrawFn) -> pb.Tensor:
     data = draw(st.binary(min_size=size, max_size=size))
     if name == "bool":
         data = bytes(byte & 1 for byte in data)
-    return pb.Tensor(dtype=pb.DType.ValueType(dtype), shape=shape, data=data)
+    return pb.Tensor(dtype=pb.DType.Name(dtype), shape=shape, data=data)
 
 
 steps = st.one_of(
