@@ -48,17 +48,29 @@ test: $(VENV)/.dev ## Runs the tests
 test-slow: $(VENV)/.dev ## Runs the tests that take longer, such as the gallery's pages
 	@$(BIN)/python -m pytest -m slow
 
+.PHONY: test-gpu
+test-gpu: $(VENV)/.dev ## Runs the tests that need a GPU; says so where there is none
+	@$(BIN)/python -m pytest -n 0 -m gpu -rs
+
 .PHONY: gallery
 gallery: $(VENV)/.dev ## Runs the pages of examples/gallery, and draws their pictures
 	@$(BIN)/python examples/gallery/run.py
 
+.PHONY: bench
+bench: $(VENV)/.dev ## Measures the fast path beside its floors; ten minutes at most
+	@$(BIN)/python -m benchmarks.fast_path
+
+.PHONY: bench-quick
+bench-quick: $(VENV)/.dev ## The same in two minutes, to see that it works
+	@$(BIN)/python -m benchmarks.fast_path --quick
+
+.PHONY: bench-gpu
+bench-gpu: $(VENV)/.dev ## The same with functions on a GPU, where there is one
+	@$(BIN)/python -m benchmarks.fast_path --device gpu
+
 .PHONY: bench-sparse
 bench-sparse: $(VENV)/.dev ## Times sparse Jacobians beside dense ones and asdex
 	@$(BIN)/python benchmarks/sparse.py
-
-.PHONY: bench-latency
-bench-latency: $(VENV)/.dev ## Times small calls beside an empty one
-	@$(BIN)/python benchmarks/latency.py
 
 .PHONY: bench-fusion
 bench-fusion: $(VENV)/.dev ## Times several quantities at once beside each alone

@@ -100,7 +100,7 @@ def scalar_function(client: jacserve.Client) -> None:
 
 
 def batch_of_points(client: jacserve.Client) -> None:
-    """One call for a thousand points."""
+    """One call for a thousand points, and for many more."""
     title("3. A batch: 1,000 points in one call")
     low, high = [0.5, 0.1, -3.0], [2.0, 3.0, 3.0]
     points = np.random.default_rng(0).uniform(low, high, size=(1000, 3))
@@ -109,9 +109,22 @@ def batch_of_points(client: jacserve.Client) -> None:
     _, singles_ms = timed(
         lambda: [client.evaluate("spherical", point) for point in points[:100]]
     )
+    with client.session() as session:
+        session.evaluate("spherical", points[0])  # Opens the stream.
+        _, session_ms = timed(
+            lambda: [session.evaluate("spherical", point) for point in points[:100]]
+        )
     print(f"  points {points.shape} -> Jacobians {result.jacobian.shape}")
     facts(result, batch_ms)
-    print(f"  {batch_ms:.1f} us a point; called one by one, {singles_ms * 10:.0f} us")
+    print(
+        f"  {batch_ms:.1f} us a point; called one by one {singles_ms * 10:.0f} us, and "
+        f"in a session {session_ms * 10:.0f} us"
+    )
+    many = np.tile(points, (250, 1))
+    client.jacobian("spherical", many)  # Compiles.
+    jacobians, many_ms = timed(lambda: client.jacobian("spherical", many))
+    size_mib = jacobians.nbytes / 2**20
+    print(f"  points {many.shape}: {size_mib:.0f} MiB streamed in {many_ms:.0f} ms")
 
 
 def digit_classifier(client: jacserve.Client) -> None:

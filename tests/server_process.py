@@ -1,5 +1,6 @@
 """A server in a process of its own, as users run it."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,9 @@ class ServerProcess:
 
 
 @contextmanager
-def server_process(*arguments: str | Path) -> Generator[ServerProcess]:
+def server_process(
+    *arguments: str | Path, **environment: str
+) -> Generator[ServerProcess]:
     command = [sys.executable, "-m", "jacserve", "serve", "--port", "0"]
     # To a file: a pipe that nobody reads would fill up and hold the server.
     with tempfile.TemporaryFile("w+") as log:
@@ -32,6 +35,7 @@ def server_process(*arguments: str | Path) -> Generator[ServerProcess]:
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
+            env={**os.environ, **environment},
         )
         assert process.stdout is not None
         try:

@@ -90,6 +90,7 @@ def test_the_tour_is_true() -> None:
     assert len(pairs) == 2
     assert pairs[0] == pairs[1]
     assert "(1000, 3) -> Jacobians (1000, 3, 3)" in tour.stdout
+    assert "points (250000, 3): 17 MiB streamed" in tour.stdout
     assert "shape (1, 4)\n  mode reverse" in tour.stdout
     assert "shape (10, 784) float32\n  mode reverse" in tour.stdout
     steps = re.findall(r"x = \(([\d., ]+)\)", tour.stdout)

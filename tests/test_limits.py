@@ -13,7 +13,9 @@ import pytest
 from jaxtyping import Array, Complex, Float, Inexact
 
 import jacserve
+from jacserve.v1 import jacobian_pb2 as pb
 from jacserve_server import Registry, serving
+from raw_calls import sender
 
 registry = Registry()
 release = threading.Event()
@@ -94,7 +96,7 @@ def client() -> Generator[jacserve.Client]:
         serving(
             registry,
             device_threads=1,
-            max_queries=3,
+            max_queries=5,
             max_queued_bytes=2**20,
             max_program_bytes=2**28,
         ) as server,
@@ -122,7 +124,8 @@ def test_too_many_queries_are_refused_with_a_time_to_come_back(
     client: jacserve.Client, calls: ThreadPoolExecutor
 ) -> None:
     occupied = occupy(client, calls)
-    # Two more find room in the queue; the rest are turned away at once.
+    # Two more find room in the queue: with them this client has more than are left.
+    # The rest are turned away at once.
     asked = [calls.submit(client.value, "patient", np.ones(3)) for _ in range(5)]
     refused = [call.exception() for call in islice(as_completed(asked), 3)]
     release.set()
@@ -130,10 +133,32 @@ def test_too_many_queries_are_refused_with_a_time_to_come_back(
         assert isinstance(error, jacserve.OverloadedError)
         assert (error.code, error.reason) == ("RESOURCE_EXHAUSTED", "QUEUE_FULL")
         assert error.retry_after_s == pytest.approx(0.1)
-        assert error.metadata["max_queries"] == "3"
+        assert error.metadata["max_queries"] == "5"
     occupied.result(timeout=30)
     assert sum(call.exception(timeout=30) is None for call in asked) == 2
     assert all(running.acquire(timeout=30) for _ in range(2))
+
+
+def test_a_connection_has_no_more_calls_open_than_it_may() -> None:
+    release.clear()
+    pool = ThreadPoolExecutor(3)
+    with (
+        serving(registry, device_threads=3, max_streams=2) as server,
+        jacserve.Client(server.target) as client,
+        sender(server.target) as other,
+    ):
+        calls = [pool.submit(client.value, "patient", np.ones(3)) for _ in range(3)]
+        try:
+            assert all(running.acquire(timeout=30) for _ in range(2))
+            # The third waits in its client, and another connection does not mind.
+            assert not running.acquire(timeout=0.3)
+            with pytest.raises(jacserve.InvalidRequestError):
+                other(pb.Query())
+        finally:
+            release.set()
+        assert all(call.result(timeout=30)[0] == 1.0 for call in calls)
+        assert running.acquire(timeout=30)
+    pool.shutdown()
 
 
 def test_too_many_bytes_are_refused(

@@ -4,10 +4,7 @@ Commands of other parts of jacserve join through entry points of the group
 "jacserve.commands".
 """
 
-import sys
 import typing
-from collections.abc import Generator
-from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
@@ -19,12 +16,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from jacserve import array_files, pictures
-from jacserve.array_files import ArrayTextError
+from jacserve.bench_command import bench
 from jacserve.channels import DEFAULT_TARGET
-from jacserve.client import Client
-from jacserve.errors import JacobianError
+from jacserve.command_line import (
+    Target,
+    Timeout,
+    connected,
+    parse_sizes,
+    stdout_console,
+)
 from jacserve.functions import FunctionInfo, Sparsity
-from jacserve.pictures import PictureError
 from jacserve.queries import EvaluateOptions
 from jacserve.results import Result
 from jacserve.tensors import format_shape
@@ -39,19 +40,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Target = Annotated[
-    str,
-    typer.Option(
-        "--target", envvar="JACSERVE_TARGET", help="Address of the server, HOST:PORT."
-    ),
-]
-Timeout = Annotated[
-    float | None,
-    typer.Option(
-        "--timeout", help="Seconds to wait for the answer.", show_default="no limit"
-    ),
-]
-
 
 def main() -> None:
     """Runs the command line."""
@@ -63,7 +51,7 @@ def main() -> None:
 @app.command("functions")
 def list_functions(target: Target = DEFAULT_TARGET, timeout: Timeout = None) -> None:
     """List the functions that a server has."""
-    with _connected(target) as client:
+    with connected(target) as client:
         found = client.functions(timeout_s=timeout)
     table = Table(box=None, pad_edge=False)
     table.add_column("function", no_wrap=True, overflow="fold")
@@ -80,7 +68,7 @@ def list_functions(target: Target = DEFAULT_TARGET, timeout: Timeout = None) -> 
             ", ".join(function.modes) or "none",
             escape(summary),
         )
-    _console().print(table)
+    stdout_console().print(table)
 
 
 @app.command()
@@ -124,30 +112,22 @@ def describe(
 
     Example: jacserve describe burgers --sparsity --size n=100 --picture burgers.png
     """
-    with _connected(target) as client:
+    with connected(target) as client:
         function = client.describe(name, timeout_s=timeout)
-        _print_description(function, _console())
+        _print_description(function, stdout_console())
         if not sparsity:
             return
         found = client.sparsity(
             name,
-            sizes=_sizes(sizes),
+            sizes=parse_sizes(sizes),
             wrt=wrt or (),
             quantity="hessian" if hessian else "jacobian",
             timeout_s=timeout,
         )
-        _print_sparsity(found, _console())
+        _print_sparsity(found, stdout_console())
         if picture is not None:
             of = "Hessian" if hessian else "Jacobian"
             pictures.draw(found, f"{of} of {name}", picture)
-
-
-def _sizes(texts: list[str] | None) -> dict[str, int]:
-    pairs = [text.partition("=") for text in texts or ()]
-    for name, _, size in pairs:
-        if not name.isidentifier() or not size.isdecimal():
-            raise ArrayTextError("--size takes NAME=SIZE, such as n=100.")
-    return {name: int(size) for name, _, size in pairs}
 
 
 def _print_sparsity(sparsity: Sparsity, console: Console) -> None:
@@ -289,7 +269,7 @@ def evaluate(
     }
     if layout is not None:
         options["layout"] = layout
-    with _connected(target) as client:
+    with connected(target) as client:
         function = client.describe(name, timeout_s=timeout)
         if tangents:
             options["tangents"] = array_files.read_inputs(tangents, function, dtype)
@@ -308,7 +288,7 @@ def evaluate(
     if output == "json":
         print(array_files.to_json(result))
     elif output == "table":
-        _print_result(result, _console())
+        _print_result(result, stdout_console())
 
 
 def _print_result(result: Result, console: Console) -> None:
@@ -331,17 +311,4 @@ def _print_result(result: Result, console: Console) -> None:
         console.print("[yellow]The answer has NaN or Inf.[/yellow]")
 
 
-def _console() -> Console:
-    """Wraps lines for a terminal, and for nobody else."""
-    return Console() if sys.stdout.isatty() else Console(width=1000)
-
-
-@contextmanager
-def _connected(target: str) -> Generator[Client]:
-    """Connects; ends the program with a plain message when a call fails."""
-    try:
-        with Client(target) as client:
-            yield client
-    except (JacobianError, ArrayTextError, PictureError) as error:
-        print(f"jacserve: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
+app.command()(bench)

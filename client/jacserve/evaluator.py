@@ -1,9 +1,10 @@
 """What everything that evaluates in a blocking way has in common: its shorthands."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Unpack
 
+from jacserve.pairs import Pair
 from jacserve.queries import EvaluateOptions, Inputs, Options
 from jacserve.results import Result
 from jacserve.tensors import Array
@@ -36,6 +37,38 @@ class Evaluator(ABC):
         Raises:
             JacobianError: The call failed; see `Client`.
         """
+
+    def fun_and_jac(
+        self, function: str, **options: Unpack[Options]
+    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """Makes f and its Jacobian two functions, for SciPy and solvers like it.
+
+        Both are evaluated in one call, and remembered for the last x: a solver that
+        asks for both at the same x, in either order, costs one round trip.
+
+        ```python
+        fun, jac = session.fun_and_jac("rosenbrock")
+        scipy.optimize.minimize(fun, x0, jac=jac)
+        ```
+
+        Args:
+            function: A registered name. Its first argument is x; more arguments of
+                the two functions (SciPy's args) are its others, and then wrt has to
+                name the first.
+            **options: As for `evaluate`.
+
+        Returns:
+            fun(x), a scalar or [m]; and jac(x), [m, n], or the gradient [n] of a
+            scalar function. Both raise what `evaluate` raises.
+        """
+
+        def evaluate(inputs: tuple[Any, ...]) -> Result:
+            return self.evaluate(
+                function, inputs, quantities=("value", "jacobian"), **options
+            )
+
+        pair = Pair(evaluate)
+        return pair.fun, pair.jac
 
     def value(self, function: str, inputs: Inputs, **options: Unpack[Options]) -> Any:
         """Evaluates f(x): an array, or what arrays the function returns."""

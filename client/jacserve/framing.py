@@ -73,8 +73,13 @@ class Field:
         return _read_varint(raw, self.start, self.stop)[0]
 
 
+_SHORT = [bytes([number]) for number in range(0x80)]
+
+
 def varint(number: int) -> bytes:
     """Encodes a whole number that is not negative."""
+    if number < 0x80:
+        return _SHORT[number]
     encoded = bytearray()
     while number > 0x7F:
         encoded.append(number & 0x7F | 0x80)

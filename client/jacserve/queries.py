@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -213,7 +213,13 @@ def _settled(value: Any) -> Any:
     return (type(value), value) if isinstance(value, int | float) else value
 
 
+def _is_array(inputs: object) -> bool:
+    return isinstance(inputs, np.ndarray)
+
+
 def _given(inputs: Inputs, options: EvaluateOptions) -> list[_Given]:
+    if not options and _is_array(inputs):  # The usual case, at once.
+        return [("inputs", "", np.asarray(cast("Any", inputs)))]
     found = _arrays("inputs", _named("inputs", inputs))
     if "tangents" in options:
         found += _arrays("tangents", _named("tangents", options["tangents"]))

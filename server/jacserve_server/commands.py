@@ -49,7 +49,11 @@ Sizes = Annotated[
 ]
 
 DeviceName = Annotated[
-    str | None, typer.Option(help="auto, cpu, gpu or gpu:N.", show_default="auto")
+    str | None,
+    typer.Option(
+        help="auto, a platform such as cpu or gpu, or devices, gpu:1 or gpu:0,1.",
+        show_default="auto: all GPUs, else the CPU",
+    ),
 ]
 ConfigFile = Annotated[
     Path | None, typer.Option(help="TOML file of settings.", show_default="none")
@@ -88,6 +92,7 @@ def serve(
             serve_until_signal,
         )
     settings = _settings(config, host=host, port=port, device=device)
+    _set_allocator(settings)
     for name in os.environ:
         setting = name.removeprefix("JACSERVE_").lower()
         if name.startswith("JACSERVE_") and setting not in {
@@ -236,6 +241,7 @@ def tune(
         from jacserve_server.registry import RegistrationError
         from jacserve_server.tuning import keys_to_measure, measure
     settings = _settings(config, device=device)
+    _set_allocator(settings)
     try:
         catalog = build_catalog(_loaded(targets))
         found_device = find_device(settings.device)
@@ -244,7 +250,7 @@ def tune(
         _fail(str(error))
     limits = Limits(
         result_bytes=2**62,
-        program_bytes=settings.max_program_bytes or memory_budget(found_device),
+        program_bytes=settings.max_program_bytes or memory_budget([found_device]),
     )
     rows = [batch or None for batch in batches or (0, 64)]
     measured, is_complete = [], True
@@ -317,6 +323,17 @@ def _settings(path: Path | None, **arguments: Any) -> "Config":
         _fail("\n".join(_settings_problems(error)))
     except (OSError, ValueError) as error:
         _fail(f"{path} can't be read: {error}")
+
+
+def _set_allocator(settings: "Config") -> None:
+    """Tells XLA how to take a GPU's memory; it looks when JAX is first used."""
+    if settings.gpu_memory_fraction is not None:
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = str(settings.gpu_memory_fraction)
+        # Its old name, which XLA does not take beside the new one.
+        os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)
+    if settings.gpu_preallocate is not None:
+        preallocates = "true" if settings.gpu_preallocate else "false"
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = preallocates
 
 
 def _settings_problems(error: "ValidationError") -> list[str]:

@@ -1,17 +1,26 @@
 """The server's settings: from flags, the environment or a TOML file, in that order."""
 
 import os
+import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import platformdirs
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"[a-z]+(:\d+(,\d+)*)?", name):
+        raise ValueError(
+            "pass auto, a platform such as cpu, or devices such as gpu:0,1"
+        )
+    return name
 
 
 class Config(BaseSettings):
@@ -23,12 +32,26 @@ class Config(BaseSettings):
     Attributes:
         host: Address to listen on; loopback unless told otherwise.
         port: TCP port; 0 takes a free one.
-        device: "auto", a platform such as "cpu" or "gpu", or "gpu:1".
-        device_threads: Programs that may run at once.
+        device: "auto", a platform such as "cpu" or "gpu" for its first device, or
+            devices by number, such as "gpu:1" or "gpu:0,1".
+        device_threads: Programs that may run at once on each device; None for 2 on a
+            GPU, and on a CPU for its cores, at most 4.
         compile_threads: Programs that may be compiled at once.
-        max_programs: Compiled programs kept; the least recently used goes first.
-        max_queries: Queries in flight; more are refused.
-        max_queued_bytes: Bytes of requests in flight; more are refused.
+        shard_rows: Batches of at least this many points are divided among devices,
+            where there are several.
+        gpu_memory_fraction: The part of a GPU's memory that JAX may take; None for
+            its default, 0.75.
+        gpu_preallocate: Whether JAX takes that memory at once; None for its default,
+            which is to do so.
+        max_programs: Compiled programs kept for each device; the least recently used
+            goes first.
+        max_streams: Calls that one connection may have open at once; further ones
+            wait in the client.
+        max_queries: Queries in flight; more are refused. One client may take a place
+            only while it has fewer than are left.
+        max_queued_bytes: Bytes in flight, of requests and of what results have beyond
+            1 MiB; more are refused, and one client has its part, as of queries.
+        max_coalesced: Waiting points that may be computed together; 1 for none.
         max_payload_bytes: The most that the arrays of one query may take, and those
             of one result.
         max_program_bytes: Device memory that one program may take, with arguments,
@@ -46,12 +69,17 @@ class Config(BaseSettings):
 
     host: str = "127.0.0.1"
     port: int = Field(default=50051, ge=0, le=65535)
-    device: str = Field(default="auto", pattern=r"^[a-z]+(:\d+)?$")
-    device_threads: int = Field(default=min(os.cpu_count() or 1, 4), ge=1)
+    device: Annotated[str, AfterValidator(_device)] = "auto"
+    device_threads: int | None = Field(default=None, ge=1)
+    shard_rows: int = Field(default=4096, ge=2)
+    gpu_memory_fraction: float | None = Field(default=None, gt=0, le=1)
+    gpu_preallocate: bool | None = None
     compile_threads: int = Field(default=min(os.cpu_count() or 1, 2), ge=1)
     max_programs: int = Field(default=256, ge=1)
+    max_streams: int = Field(default=256, ge=1)
     max_queries: int = Field(default=1024, ge=1)
     max_queued_bytes: int = Field(default=2**31, ge=2**10)
+    max_coalesced: int = Field(default=64, ge=1)
     max_payload_bytes: int = Field(default=2**30, ge=2**10)
     max_program_bytes: int | None = Field(default=None, ge=2**20)
     cache_dir: Path = Field(

@@ -4,7 +4,7 @@ import asyncio
 import functools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -14,6 +14,7 @@ import jax
 
 from jacserve_server.batches import finite_points, padded
 from jacserve_server.catalog import RegisteredFunction
+from jacserve_server.coalescing import gathered, separated
 from jacserve_server.programs import (
     Device,
     Limits,
@@ -22,6 +23,7 @@ from jacserve_server.programs import (
     compile_program,
     device_name,
 )
+from jacserve_server.replicas import Replicas
 from jacserve_server.single_flight import SingleFlight
 from jacserve_server.sparsity import (
     ColoredPattern,
@@ -51,39 +53,73 @@ class DeviceError(Exception):
     """The device asked for is not there; the text says which are."""
 
 
-def find_device(name: str) -> Device:
-    """Finds a device of this process.
+def find_devices(name: str) -> list[Device]:
+    """Finds devices of this process.
 
     Args:
-        name: "auto" for JAX's default, a platform such as "cpu" or "gpu" for its
-            first device, or one by number, such as "gpu:1".
+        name: A platform such as "cpu" or "gpu" for its first device, or some by
+            number, such as "gpu:1" or "gpu:0,1". "auto" stands for JAX's default
+            platform: all of its GPUs, or the first device of another.
 
     Returns:
-        The device.
+        The devices, in the order of the name.
 
     Raises:
-        DeviceError: There is no such device.
+        DeviceError: One of them is not there, or is named twice.
     """
-    platform, _, number = name.partition(":")
+    platform, _, listed = name.partition(":")
+    numbers = [int(number) for number in listed.split(",") if number]
+    if len(set(numbers)) < len(numbers):
+        raise DeviceError(f"device {name} has a device twice. Name each once.")
     try:
-        devices = jax.devices() if platform == "auto" else jax.devices(platform)
-        return devices[int(number or 0)]
-    except (RuntimeError, ValueError, IndexError) as error:
+        if platform == "auto":
+            devices = jax.devices()
+            is_gpu = devices[0].platform == "gpu"
+            numbers = numbers or (list(range(len(devices))) if is_gpu else [0])
+        else:
+            devices = jax.devices(platform)
+        return [devices[number] for number in numbers or [0]]
+    except (RuntimeError, IndexError) as error:
         found = ", ".join(device_name(device) for device in jax.devices())
         raise DeviceError(
-            f"device {name} is not there; JAX found {found}. Pass one of these, or "
+            f"device {name} is not there; JAX found {found}. Pass some of these, or "
             "auto."
         ) from error
 
 
-def memory_budget(device: Device) -> int:
-    """Returns the bytes that one program may take by default: 3/4 of the memory."""
+def find_device(name: str) -> Device:
+    """Finds a device of this process: the first of those that a name stands for."""
+    return find_devices(name)[0]
+
+
+def memory_budget(devices: Iterable[Device]) -> int:
+    """Returns the bytes that one program may take by default.
+
+    Args:
+        devices: Where it may run.
+
+    Returns:
+        3/4 of the memory of the device that has the least.
+    """
+    return min(map(_memory, devices)) * 3 // 4
+
+
+def _memory(device: Device) -> int:
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
-        memory = stats["bytes_limit"]
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return memory * 3 // 4
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def default_threads(devices: Sequence[Device]) -> int:
+    """Returns how many programs run at once on each device by default.
+
+    On a GPU two, so that the results of one leave it while the next is computed. CPU
+    devices share the cores; more than four threads would only wait for each other.
+    """
+    if devices[0].platform != "cpu":
+        return 2
+    return max(1, min(os.cpu_count() or 1, 4) // len(devices))
 
 
 def _contained(call: Callable[..., T], *arguments: Any) -> T:
@@ -101,11 +137,14 @@ def _contained(call: Callable[..., T], *arguments: Any) -> T:
 
 
 class Executor:
-    """Runs programs on one device of this process.
+    """Runs programs on devices of this process.
 
     It takes and returns plain data, so another executor, in another process, can
     stand in its place. Used from one event loop; programs are compiled and run in
-    threads of their own.
+    threads of their own. What another device runs is compiled for the first one first.
+
+    Attributes:
+        places: How many devices there are.
     """
 
     def __init__(
@@ -113,6 +152,7 @@ class Executor:
         find: Callable[[str], RegisteredFunction],
         device: Device,
         *,
+        others: Sequence[Device] = (),
         threads: int,
         compile_threads: int,
         max_programs: int,
@@ -123,10 +163,11 @@ class Executor:
 
         Args:
             find: Finds a function by its qualified name.
-            device: Where programs run.
-            threads: How many may run at once.
+            device: Where programs are compiled first, and brief ones run.
+            others: Where else they run, of the same kind.
+            threads: How many may run at once on each device.
             compile_threads: How many may be compiled at once.
-            max_programs: How many compiled ones are kept.
+            max_programs: How many compiled ones are kept for each device.
             limits: What one program may take.
             measured: Finds the strategies that were measured, the fastest first.
         """
@@ -134,7 +175,12 @@ class Executor:
         self._find = find
         self._device = device
         self._limits = limits
-        self._device_threads = ThreadPoolExecutor(threads, "device")
+        self.places = 1 + len(others)
+        self._replicas = Replicas(
+            find, others, max_programs=max_programs, limits=limits
+        )
+        # The scheduler sees to it that no device has more than its threads.
+        self._device_threads = ThreadPoolExecutor(threads * self.places, "device")
         self._compile_threads = ThreadPoolExecutor(compile_threads, "compile")
         self._programs = SingleFlight[_Decided, Program](
             self._compile_threads, capacity=max_programs
@@ -191,9 +237,29 @@ class Executor:
         )
         return found.sparsity
 
+    def on(self, program: Program, place: int) -> Program | None:
+        """Returns a program on one of the devices, if it is ready there.
+
+        Where it is not, it is compiled in the background.
+
+        Args:
+            program: The one on the first device.
+            place: The device's place among all.
+        """
+        return program if place == 0 else self._replicas.find(program, place - 1)
+
+    def when_ready(self, call: Callable[[], None]) -> None:
+        """Has a function called whenever a program got ready on another device."""
+        self._replicas.when_ready(call)
+
     def result_bytes(self, program: Program, work: Work) -> int:
         """Returns the bytes of the result's arrays."""
         return program.row_bytes * (1 if work.batch is None else work.batch)
+
+    def check_size(self, program: Program, work: Work) -> None:
+        """Raises ServiceError if the result is too large to send."""
+        function = program.key.computation.function
+        check_result_size(function, program.row_bytes, work.batch, self._limits)
 
     def is_brief(self, program: Program) -> bool:
         """Whether a program takes less time than handing it to a thread."""
@@ -210,30 +276,33 @@ class Executor:
             What came of it.
 
         Raises:
-            ServiceError: The result is too large to send, or the device failed.
+            ServiceError: The device failed.
         """
         return self._run(program, work)
 
-    async def run(self, program: Program, work: Work) -> Outcome:
-        """Runs a program in a thread of the device.
+    async def run(self, program: Program, works: Sequence[Work]) -> list[Outcome]:
+        """Runs a program once, in a thread of the device.
 
         Args:
-            program: The program for the work's computation and batch.
-            work: On what.
+            program: The program: for the work's computation and batch, or for a batch
+                of at least as many points as there are.
+            works: A piece of work, or several points of one computation.
 
         Returns:
-            What came of it.
+            What came of each.
 
         Raises:
-            ServiceError: The result is too large to send, or the device failed.
+            ServiceError: The device failed.
         """
         loop = asyncio.get_running_loop()
+        run = self._run_alone if len(works) == 1 else self._run_together
         return await loop.run_in_executor(
-            self._device_threads, _contained, self._run, program, work
+            self._device_threads, _contained, run, program, works
         )
 
     def close(self) -> None:
         """Takes no more work; what runs can't be stopped and is not waited for."""
+        self._replicas.close()
         self._compile_threads.shutdown(wait=False, cancel_futures=True)
         self._device_threads.shutdown(wait=False, cancel_futures=True)
 
@@ -258,13 +327,20 @@ class Executor:
     def _find_sparsity(self, sought: SparsityKey) -> ColoredPattern:
         return find_sparsity(self._find(sought.function), sought)
 
-    def _run(self, program: Program, work: Work) -> Outcome:
-        computation, bucket = program.key.computation, program.key.bucket
-        check_result_size(
-            computation.function, program.row_bytes, work.batch, self._limits
-        )
+    def _run_alone(self, program: Program, works: Sequence[Work]) -> list[Outcome]:
+        [work] = works
+        return [self._run(program, work)]
+
+    def _run_together(self, program: Program, works: Sequence[Work]) -> list[Outcome]:
         start = time.monotonic()
-        arrays = program.run(padded(work, bucket))
+        outcome = self._execute(program, gathered(works, program.key), start)
+        return separated(outcome, len(works))
+
+    def _run(self, program: Program, work: Work) -> Outcome:
+        return self._execute(program, work, time.monotonic())
+
+    def _execute(self, program: Program, work: Work, start: float) -> Outcome:
+        arrays = program.run(padded(work, program.key.bucket))
         if work.batch is not None:
             arrays = [array[: work.batch] for array in arrays]
         return Outcome(

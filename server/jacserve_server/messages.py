@@ -313,33 +313,30 @@ def encode_circumstances(outcome: Outcome) -> bytes:
     """
     finite = outcome.finite
     is_finite = bool(finite) if finite.ndim == 0 else bool(finite.all())
-    timing = (
-        _duration(_TIMING.QUEUE_DURATION_FIELD_NUMBER, outcome.queue_s)
-        + _duration(_TIMING.COMPILE_DURATION_FIELD_NUMBER, outcome.compile_s)
-        + _duration(_TIMING.EXECUTE_DURATION_FIELD_NUMBER, outcome.execute_s)
-    )
-    return b"".join(
-        [
-            number_field(pb.Result.FINITE_FIELD_NUMBER, is_finite),
-            number_field(
-                pb.Result.COALESCED_COUNT_FIELD_NUMBER, outcome.coalesced_count
-            ),
-            bytes_field(pb.Result.TIMING_FIELD_NUMBER, len(timing)),
-            timing,
-        ]
+    timing = _duration(_EXECUTE, outcome.execute_s)
+    if outcome.queue_s:
+        timing += _duration(_QUEUE, outcome.queue_s)
+    if outcome.compile_s:
+        timing += _duration(_COMPILE, outcome.compile_s)
+    return (
+        number_field(_FINITE, is_finite)
+        + number_field(_COALESCED, outcome.coalesced_count)
+        + bytes_field(pb.Result.TIMING_FIELD_NUMBER, len(timing))
+        + timing
     )
 
 
-_TIMING = pb.Timing
+_FINITE = pb.Result.FINITE_FIELD_NUMBER
+_COALESCED = pb.Result.COALESCED_COUNT_FIELD_NUMBER
+_QUEUE = pb.Timing.QUEUE_DURATION_FIELD_NUMBER
+_COMPILE = pb.Timing.COMPILE_DURATION_FIELD_NUMBER
+_EXECUTE = pb.Timing.EXECUTE_DURATION_FIELD_NUMBER
+_SECONDS, _NANOS = Duration.SECONDS_FIELD_NUMBER, Duration.NANOS_FIELD_NUMBER
 
 
 def _duration(field: int, duration_s: float) -> bytes:
-    if not duration_s:
-        return b""
-    seconds, rest_s = divmod(duration_s, 1.0)
-    value = number_field(Duration.SECONDS_FIELD_NUMBER, int(seconds)) + number_field(
-        Duration.NANOS_FIELD_NUMBER, int(rest_s * 1e9)
-    )
+    seconds, nanos = divmod(int(duration_s * 1e9), 10**9)
+    value = number_field(_SECONDS, seconds) + number_field(_NANOS, nanos)
     return bytes_field(field, len(value)) + value
 
 

@@ -1,28 +1,59 @@
 """Admits queries, and gives them the device in turn.
 
-The scheduler knows neither JAX nor gRPC: it is given an executor. Whoever is
-cancelled, by a client or by a deadline, leaves the queue before any device time is
-spent; a slot of the device is free again when its thread is, not before.
+The scheduler knows neither JAX nor gRPC: it is given an executor. What waits is kept
+for each client, and a slot that gets free goes to the clients in turn. Points of one
+kind that wait run as one batch, where that was measured to win. Whoever is cancelled,
+by a client or by a deadline, leaves the queue before any device time is spent; a slot
+of the device is free again when its thread is, not before.
 """
 
 import asyncio
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
+from jacserve_server.admission import Admission, Ticket
 from jacserve_server.batches import bucket_for
+from jacserve_server.coalescing import Gain, Gains, buckets_to_measure, together
 from jacserve_server.errors import ServiceError
-from jacserve_server.work import Outcome, ProgramKey, Sparsity, SparsityKey, Work
+from jacserve_server.fair_queue import FairQueue
+from jacserve_server.sharding import divided, joined, part_rows
+from jacserve_server.work import (
+    Computation,
+    Outcome,
+    ProgramKey,
+    Sparsity,
+    SparsityKey,
+    Work,
+)
 
-_RETRY_AFTER_S = 0.1
+# Of a result; what is beyond counts as in flight, as the bytes of requests do.
+_FREE_BYTES = 2**20
+# Enough for a median, and no more than a server may spend on it while it has callers.
+_FEWEST_ROUNDS, _MOST_ROUNDS = 3, 15
+_MEASURING_S = 1.0
 
 P = TypeVar("P")
 
 
 class Executor(Protocol[P]):
     """What the scheduler needs of an executor; P is its handle of a program."""
+
+    @property
+    def places(self) -> int:
+        """How many devices it has."""
+        ...
+
+    def on(self, program: P, place: int) -> P | None:
+        """Returns a ready program on a device; has it made there, else."""
+        ...
+
+    def when_ready(self, call: Callable[[], None]) -> None:
+        """Has a function called whenever a program got ready on another device."""
+        ...
 
     def ready(self, key: ProgramKey) -> P | None:
         """Returns a program that can run now, else None."""
@@ -40,6 +71,10 @@ class Executor(Protocol[P]):
         """Returns the bytes of the result, as far as they are known before."""
         ...
 
+    def check_size(self, program: P, work: Work) -> None:
+        """Raises ServiceError if the result is too large to send."""
+        ...
+
     def is_brief(self, program: P) -> bool:
         """Whether a program takes less time than handing it to a thread."""
         ...
@@ -48,57 +83,85 @@ class Executor(Protocol[P]):
         """Runs a brief program in this thread."""
         ...
 
-    async def run(self, program: P, work: Work) -> Outcome:
-        """Runs a program on the inputs of a piece of work."""
+    async def run(self, program: P, works: Sequence[Work]) -> list[Outcome]:
+        """Runs a program once: on a piece of work, or on several points together."""
         ...
 
 
+@dataclass(slots=True, eq=False)
+class _Waiting(Generic[P]):
+    """What waits for a slot, or has one.
+
+    Attributes:
+        works: A piece of work, or several points that are to run together.
+        program: The program that does it.
+        client: Who asks.
+        kind: The computation of a point that may run together with its like, else
+            None.
+        answer: Where the outcomes go.
+        since: When it began to wait, on the monotonic clock in seconds.
+        is_queued: Whether it still waits.
+    """
+
+    works: Sequence[Work]
+    program: P
+    client: str
+    kind: Computation | None
+    answer: "asyncio.Future[list[Outcome]]"
+    since: float
+    is_queued: bool = True
+
+
 class Scheduler(Generic[P]):
-    """Bounds what is in flight, queues it, and drains. Used from one event loop."""
+    """Bounds what is in flight, queues it, and drains. Used from one event loop.
+
+    Attributes:
+        gains: What was measured of computing points together.
+    """
 
     def __init__(
-        self, executor: Executor[P], *, slots: int, max_queries: int, max_bytes: int
+        self,
+        executor: Executor[P],
+        *,
+        slots: int,
+        max_queries: int,
+        max_bytes: int,
+        shard_rows: int = 2**62,
     ) -> None:
         """Starts idle.
 
         Args:
             executor: Runs the work.
-            slots: How many pieces of work the executor runs at once.
+            slots: How many pieces of work each device runs at once.
             max_queries: The most queries in flight; more are refused at once.
-            max_bytes: The most bytes of requests in flight; one alone always fits.
+            max_bytes: The most bytes in flight, of requests and of large results; one
+                query alone always fits.
+            shard_rows: Batches of at least so many rows are divided among devices.
         """
+        self.gains = Gains()
         self._executor = executor
-        self._slots = asyncio.Semaphore(slots)
-        self._max_queries = max_queries
-        self._max_bytes = max_bytes
-        self._queries = 0
-        self._bytes = 0
-        self._running: set[asyncio.Future[Outcome]] = set()
-        self._is_draining = False
+        self._free_slots = [slots] * executor.places
+        self._shard_rows = shard_rows if executor.places > 1 else 2**62
+        executor.when_ready(self._give_slots)
+        self._admission = Admission(max_queries=max_queries, max_bytes=max_bytes)
+        self._queue = FairQueue[_Waiting[P]]()
+        # The same once more, of those that may run together: each kind by itself.
+        self._alike: dict[Computation, FairQueue[_Waiting[P]]] = {}
+        self._running: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
-        self._idle.set()
 
-    @contextmanager
-    def admitted(self, size_bytes: int, client: str = "") -> Generator[None]:
+    def admitted(self, size_bytes: int, client: str = "") -> Ticket:
         """Counts a query as in flight, from its arrival to its answer.
 
         Args:
             size_bytes: The size of its request.
-            client: Who asks.
+            client: Who asks; "" counts as one client.
 
-        Raises:
-            ServiceError: Too much is in flight, or the server is shutting down.
+        Returns:
+            A context manager. Entering it raises ServiceError if too much is in
+            flight, or the server is shutting down.
         """
-        self._check_room(size_bytes)
-        self._queries += 1
-        self._bytes += size_bytes
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._queries -= 1
-            self._bytes -= size_bytes
-            self._check_idle()
+        return Ticket(self._admission, client, size_bytes)
 
     def now(self, work: Work, *, max_result_bytes: int | None = None) -> Outcome | None:
         """Executes work at once, where that takes less time than to wait for a thread.
@@ -117,12 +180,16 @@ class Scheduler(Generic[P]):
         program = self._executor.ready(key)
         if program is None or not self._executor.is_brief(program):
             return None
-        if max_result_bytes is not None:
-            _check_fits(self._executor.result_bytes(program, work), max_result_bytes)
+        self._check_size(program, work, max_result_bytes)
         return self._executor.run_now(program, work)
 
     async def submit(
-        self, work: Work, *, client: str = "", max_result_bytes: int | None = None
+        self,
+        work: Work,
+        *,
+        client: str = "",
+        max_result_bytes: int | None = None,
+        ticket: Ticket | None = None,
     ) -> Outcome:
         """Executes work when its turn comes.
 
@@ -130,32 +197,93 @@ class Scheduler(Generic[P]):
             work: What to run.
             client: Who asks.
             max_result_bytes: The most that its caller can take; None for any size.
+            ticket: The query's place in flight, which a large result counts for, too.
 
         Returns:
             What came of it, with the seconds it waited.
 
         Raises:
-            ServiceError: The work can't be compiled or run.
+            ServiceError: The work can't be compiled or run, or its result has no
+                room beside all that is in flight.
         """
         start = time.monotonic()
-        key = ProgramKey(work.computation, bucket_for(work.batch))
+        rows = work.batch
+        if rows is not None and rows >= self._shard_rows:
+            rows = part_rows(rows, self._executor.places)
+        key = ProgramKey(work.computation, bucket_for(rows))
         program, compile_s = self._executor.ready(key), 0.0
         if program is None:
             program = await self._executor.prepare(key)
             compile_s = time.monotonic() - start
-        if max_result_bytes is not None:
-            _check_fits(self._executor.result_bytes(program, work), max_result_bytes)
-        if self._executor.is_brief(program):
+        self._check_size(program, work, max_result_bytes)
+        if rows == work.batch and self._executor.is_brief(program):
             outcome = self._executor.run_now(program, work)
             return replace(outcome, compile_s=compile_s) if compile_s else outcome
-        queued = time.monotonic()
-        await self._slots.acquire()
-        queue_s = time.monotonic() - queued
-        running = asyncio.ensure_future(self._executor.run(program, work))
-        self._running.add(running)
-        running.add_done_callback(self._free)
-        outcome = await asyncio.shield(running)
-        return replace(outcome, queue_s=queue_s, compile_s=compile_s)
+        if ticket is not None:
+            size_bytes = self._executor.result_bytes(program, work)
+            if size_bytes > _FREE_BYTES:
+                ticket.grow(size_bytes - _FREE_BYTES)
+        if rows is not None and rows != work.batch:
+            outcome = await self._divided(program, work, rows, client)
+        else:
+            is_point = rows is None and not work.is_exact
+            kind = work.computation if is_point else None
+            [outcome] = await self._in_turn(program, [work], client, kind)
+        return replace(outcome, compile_s=compile_s) if compile_s else outcome
+
+    def _check_size(self, program: P, work: Work, max_result_bytes: int | None) -> None:
+        self._executor.check_size(program, work)
+        if max_result_bytes is None:
+            return
+        result_bytes = self._executor.result_bytes(program, work)
+        if result_bytes > max_result_bytes:
+            raise ServiceError(
+                "STREAM_REQUIRED",
+                f"the answer would take {result_bytes} bytes, and in one message at "
+                f"most {max_result_bytes} are sent. Ask by EvaluateStream.",
+                result_bytes=result_bytes,
+                max_result_bytes=max_result_bytes,
+            )
+
+    async def measure_gain(self, work: Work, most: int) -> Gain | None:
+        """Measures whether points of one kind are better computed together.
+
+        The programs are compiled first, and each run waits for its turn, as any other
+        work does.
+
+        Args:
+            work: One point.
+            most: The most points that may be computed at once.
+
+        Returns:
+            What it found, and will go by; None where there is nothing to find out:
+            the program of one point is brief, or no batch can be compiled.
+
+        Raises:
+            ServiceError: The work can't be compiled or run.
+        """
+        single = await self._executor.prepare(ProgramKey(work.computation, None))
+        programs = {1: single}
+        if not self._executor.is_brief(single):
+            batch = together(work.computation)
+            for bucket in buckets_to_measure(most):
+                key = ProgramKey(batch, bucket)
+                try:
+                    programs[bucket] = await self._executor.prepare(key)
+                except ServiceError:
+                    break  # Larger ones would not fit, either.
+        if len(programs) == 1:
+            return None
+        seconds: dict[int, list[float]] = {rows: [] for rows in programs}
+        end = time.monotonic() + _MEASURING_S
+        for turn in range(-1, _MOST_ROUNDS):
+            for rows, program in programs.items():
+                outcomes = await self._in_turn(program, [work] * rows, "", None)
+                if turn >= 0:  # The first runs are slow.
+                    seconds[rows].append(outcomes[0].execute_s)
+            if turn + 1 >= _FEWEST_ROUNDS and time.monotonic() > end:
+                break
+        return self.gains.record(work.computation, seconds)
 
     async def sparsity(self, sought: SparsityKey) -> Sparsity:
         """Finds a sparsity pattern, which takes no device.
@@ -173,55 +301,141 @@ class Scheduler(Generic[P]):
 
     async def drain(self) -> None:
         """Refuses new work from now on, and waits until all that runs has finished."""
-        self._is_draining = True
+        self._admission.close(self._check_idle)
+        self._check_idle()
         await self._idle.wait()
 
-    def _free(self, running: "asyncio.Future[Outcome]") -> None:
-        self._slots.release()
+    async def _divided(self, program: P, work: Work, rows: int, client: str) -> Outcome:
+        """Runs the parts of a large batch on whatever devices are free for them."""
+        parts = [
+            self._enter_queue(program, [part], client, None)
+            for part in divided(work, rows)
+        ]
+        try:
+            outcomes = await asyncio.gather(*(part.answer for part in parts))
+        finally:
+            for part in parts:
+                self._give_up(part)
+        # It copies all of the results, which other calls need not wait for.
+        return await asyncio.to_thread(joined, [outcome for [outcome] in outcomes])
+
+    async def _in_turn(
+        self,
+        program: P,
+        works: Sequence[Work],
+        client: str,
+        kind: Computation | None,
+    ) -> list[Outcome]:
+        waiting = self._enter_queue(program, works, client, kind)
+        try:
+            return await waiting.answer
+        finally:
+            self._give_up(waiting)
+
+    def _enter_queue(
+        self,
+        program: P,
+        works: Sequence[Work],
+        client: str,
+        kind: Computation | None,
+    ) -> _Waiting[P]:
+        if kind is not None and not self.gains.wins(kind):
+            kind = None
+        answer = asyncio.get_running_loop().create_future()
+        waiting = _Waiting(works, program, client, kind, answer, time.monotonic())
+        self._queue.put(client, waiting)
+        if kind is not None:
+            self._alike.setdefault(kind, FairQueue()).put(client, waiting)
+        self._give_slots()
+        return waiting
+
+    def _give_up(self, waiting: _Waiting[P]) -> None:
+        """Takes out of the queue what nobody waits for any more."""
+        if waiting.is_queued:
+            self._leave_queue(waiting)
+            self._check_idle()
+
+    def _leave_queue(self, waiting: _Waiting[P], *, is_its_turn: bool = False) -> None:
+        leave = self._queue.take if is_its_turn else self._queue.remove
+        leave(waiting.client, waiting)
+        waiting.is_queued = False
+        if waiting.kind is not None:
+            alike = self._alike[waiting.kind]
+            alike.take(waiting.client, waiting)
+            if not alike:
+                del self._alike[waiting.kind]
+
+    def _give_slots(self) -> None:
+        """Gives free slots to those whose turn it is."""
+        while self._queue and (found := self._next()) is not None:
+            place, first = found
+            program, mates = self._mates(first, place)
+            self._leave_queue(first, is_its_turn=True)
+            for mate in mates:
+                self._leave_queue(mate)
+            self._free_slots[place] -= 1
+            running = asyncio.ensure_future(self._run(program, [first, *mates]))
+            self._running.add(running)
+            running.add_done_callback(partial(self._free, place))
+
+    def _next(self) -> tuple[int, _Waiting[P]] | None:
+        """Returns a device with a free slot, and who is the next that it can serve."""
+        free = [place for place, slots in enumerate(self._free_slots) if slots]
+        for place in sorted(free, key=lambda place: -self._free_slots[place]):
+            for first in self._queue.heads():
+                if self._executor.on(first.program, place) is not None:
+                    return place, first
+        return None
+
+    def _mates(self, first: _Waiting[P], place: int) -> tuple[P, list[_Waiting[P]]]:
+        """Returns the program to run, and those that wait and run with the first."""
+        if first.kind is not None:
+            alike = self._alike[first.kind]
+            for key in self.gains.programs(first.kind, len(alike)):
+                ready = self._executor.ready(key)
+                program = None if ready is None else self._executor.on(ready, place)
+                if program is not None and key.bucket is not None:
+                    others = (each for each in alike.rounds() if each is not first)
+                    return program, list(islice(others, key.bucket - 1))
+        alone = self._executor.on(first.program, place)
+        assert alone is not None  # Else the device would not have been chosen.
+        return alone, []
+
+    async def _run(self, program: P, members: list[_Waiting[P]]) -> None:
+        """Runs what has a slot; its askers may leave, but the slot is taken."""
+        start = time.monotonic()
+        works = [work for member in members for work in member.works]
+        try:
+            outcomes = iter(await self._executor.run(program, works))
+        except Exception as error:
+            if len(members) > 1:
+                self._queue_again(members)
+            elif not members[0].answer.done():
+                members[0].answer.set_exception(error)
+                # Its asker may leave just now, and the loop would complain.
+                members[0].answer.exception()
+            return
+        for member in members:
+            queue_s = start - member.since
+            own = [replace(next(outcomes), queue_s=queue_s) for _ in member.works]
+            if not member.answer.done():
+                member.answer.set_result(own)
+
+    def _queue_again(self, members: list[_Waiting[P]]) -> None:
+        """Has each run by itself, next in its turn: one of them is at fault."""
+        for member in reversed(members):
+            if not member.answer.done():
+                member.kind, member.is_queued = None, True
+                self._queue.put(member.client, member, is_first=True)
+
+    def _free(self, place: int, running: "asyncio.Task[None]") -> None:
         self._running.discard(running)
-        if not running.cancelled():
-            running.exception()  # Its asker may be gone; the loop would complain.
+        self._free_slots[place] += 1
+        self._give_slots()
         self._check_idle()
 
     def _check_idle(self) -> None:
-        if not self._queries and not self._running:
+        admission = self._admission
+        is_busy = admission.queries or self._queue or self._running
+        if admission.is_closed and not is_busy:
             self._idle.set()
-
-    def _check_room(self, size_bytes: int) -> None:
-        if self._is_draining:
-            raise shutting_down()
-        has_room = self._queries < self._max_queries and (
-            not self._queries or self._bytes + size_bytes <= self._max_bytes
-        )
-        if not has_room:
-            raise ServiceError(
-                "QUEUE_FULL",
-                f"{self._queries} queries of {self._bytes} bytes are in flight, and "
-                f"this server takes {self._max_queries} of {self._max_bytes}. Try "
-                f"again in {_RETRY_AFTER_S} s, or send points in batches.",
-                retry_after_s=_RETRY_AFTER_S,
-                queries=self._queries,
-                max_queries=self._max_queries,
-                bytes=self._bytes,
-                max_bytes=self._max_bytes,
-            )
-
-
-def shutting_down() -> ServiceError:
-    """Makes the error of those who come, or stay, too late."""
-    return ServiceError(
-        "SHUTTING_DOWN",
-        "the server is shutting down. Try again, or another server.",
-        retry_after_s=_RETRY_AFTER_S,
-    )
-
-
-def _check_fits(result_bytes: int, max_result_bytes: int) -> None:
-    if result_bytes > max_result_bytes:
-        raise ServiceError(
-            "STREAM_REQUIRED",
-            f"the answer would take {result_bytes} bytes, and in one message at most "
-            f"{max_result_bytes} are sent. Ask by EvaluateStream.",
-            result_bytes=result_bytes,
-            max_result_bytes=max_result_bytes,
-        )

@@ -21,18 +21,24 @@ from grpc_reflection.v1alpha import reflection
 
 from jacserve.v1 import jacobian_pb2 as pb
 from jacserve_server import compile_cache
-from jacserve_server.catalog import Catalog
+from jacserve_server.batches import bucket_for
+from jacserve_server.catalog import Catalog, RegisteredFunction
 from jacserve_server.config import Config
 from jacserve_server.errors import ServiceError
-from jacserve_server.executor import Executor, find_device, memory_budget
+from jacserve_server.executor import (
+    Executor,
+    default_threads,
+    find_devices,
+    memory_budget,
+)
 from jacserve_server.measurements import Measurements
 from jacserve_server.programs import Limits
 from jacserve_server.registration import build_catalog
-from jacserve_server.registry import Registry
+from jacserve_server.registry import Registry, WarmUp
 from jacserve_server.scheduler import Scheduler
 from jacserve_server.service import JacobianService, add_to_server
 from jacserve_server.signature import FunctionSpec
-from jacserve_server.warmup import first_work, further_work
+from jacserve_server.warmup import first_work, further_work, single_point
 from jacserve_server.work import Work
 
 T = TypeVar("T")
@@ -65,29 +71,33 @@ class Server:
             DeviceError: The device is not there.
         """
         self._config = config
-        device = find_device(config.device)
+        devices = find_devices(config.device)
+        device, *others = devices
+        threads = config.device_threads or default_threads(devices)
         measurements = Measurements.load(config.cache_dir)
         self._executor = Executor(
             catalog.find,
             device,
-            threads=config.device_threads,
+            others=others,
+            threads=threads,
             compile_threads=config.compile_threads,
             max_programs=config.max_programs,
             limits=Limits(
                 result_bytes=config.max_payload_bytes,
-                program_bytes=config.max_program_bytes or memory_budget(device),
+                program_bytes=config.max_program_bytes or memory_budget(devices),
             ),
             measured=partial(measurements.find, device=device.device_kind),
         )
         self._scheduler = Scheduler(
             self._executor,
-            slots=config.device_threads,
+            slots=threads,
             max_queries=config.max_queries,
             max_bytes=config.max_queued_bytes,
+            shard_rows=config.shard_rows,
         )
         self._warming: asyncio.Task[None] | None = None
         self._warm_ups = [
-            (function.spec, warm_up)
+            (function, warm_up)
             for function in catalog.functions
             for warm_up in function.warm_up
         ]
@@ -99,6 +109,8 @@ class Server:
                 ("grpc.max_send_message_length", -1),
                 # Two servers on one port would silently share its callers.
                 ("grpc.so_reuseport", 0),
+                # A flood of one client waits there, not in our event loop.
+                ("grpc.max_concurrent_streams", config.max_streams),
             ]
         )
         self._service = JacobianService(
@@ -139,7 +151,7 @@ class Server:
         await self._server.start()
         try:
             for function, warm_up in self._warm_ups:
-                await self._warm_up(function, first_work(function, warm_up))
+                await self._warm_up(function.spec, first_work(function.spec, warm_up))
         except BaseException:  # It was cancelled, or can't be made ready.
             await self._server.stop(None)
             self._executor.close()
@@ -162,11 +174,30 @@ class Server:
 
     async def _warm_up_further(self) -> None:
         for function, warm_up in self._warm_ups:
-            for work in further_work(function, warm_up):
+            for work in further_work(function.spec, warm_up):
                 try:
-                    await self._warm_up(function, work)
+                    await self._warm_up(function.spec, work)
                 except WarmUpError as error:
                     _log.warning("%s", error)
+            await self._measure_gain(function, warm_up)
+
+    async def _measure_gain(
+        self, function: RegisteredFunction, warm_up: WarmUp
+    ) -> None:
+        bucket = bucket_for(warm_up.batch) or 1
+        most = min(self._config.max_coalesced, bucket)
+        if most == 1 or not function.batchable:
+            return
+        resource = function.spec.resource
+        try:
+            point = single_point(function.spec, warm_up)
+            gain = await self._scheduler.measure_gain(point, most)
+        except ServiceError as error:
+            _log.warning("%s can't be timed: %s", resource, error.message)
+            return
+        if gain is not None:
+            largest = gain.largest
+            _log.info("%s: up to %d points are computed together", resource, largest)
 
     async def stop(self) -> bool:
         """Drains: not ready, running calls finish within the grace, then closed.

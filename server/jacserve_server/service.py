@@ -30,6 +30,7 @@ from jacserve.framing import PIECE_BYTES, Frame
 from jacserve.streaming import Assembly, StreamError
 from jacserve.v1 import jacobian_pb2 as pb
 from jacserve.vocabulary import Quantity
+from jacserve_server.admission import shutting_down
 from jacserve_server.catalog import Catalog
 from jacserve_server.errors import ServiceError
 from jacserve_server.measurements import Measurement
@@ -44,7 +45,7 @@ from jacserve_server.planning import plan_sparsity
 from jacserve_server.query import Query
 from jacserve_server.replies import ReplyWriter
 from jacserve_server.requests import RequestReader
-from jacserve_server.scheduler import Scheduler, shutting_down
+from jacserve_server.scheduler import Scheduler
 from jacserve_server.sessions import Session
 from jacserve_server.signature import FunctionSpec
 from jacserve_server.work import Outcome
@@ -216,11 +217,16 @@ class JacobianService:
         Raises:
             ServiceError: It can't be evaluated.
         """
-        with self._scheduler.admitted(len(raw), client):
+        with self._scheduler.admitted(len(raw), client) as ticket:
             request = self._reader.read(raw)
-            outcome = await self._scheduler.submit(
-                request.work, client=client, max_result_bytes=PIECE_BYTES
-            )
+            outcome = self._scheduler.now(request.work, max_result_bytes=PIECE_BYTES)
+            if outcome is None:
+                outcome = await self._scheduler.submit(
+                    request.work,
+                    client=client,
+                    max_result_bytes=PIECE_BYTES,
+                    ticket=ticket,
+                )
             self._check(outcome, request.query)
             return self._writer.write(outcome, request.query)
 
@@ -232,7 +238,7 @@ class JacobianService:
             raise _broken("it has no head. Send one, then the pieces.")
         head = self._reader.read_head(raw)
         self._check_query_size(head.size_bytes)
-        with self._scheduler.admitted(head.size_bytes, client):
+        with self._scheduler.admitted(head.size_bytes, client) as ticket:
             assembly = Assembly(head.raw, head.holes)
             try:
                 async for raw in raws:
@@ -242,7 +248,9 @@ class JacobianService:
             if not assembly.is_complete:
                 raise _broken("it ends before its last piece. Send all of them.")
             request = self._reader.read_streamed(head, assembly.payloads)
-            outcome = await self._scheduler.submit(request.work, client=client)
+            outcome = await self._scheduler.submit(
+                request.work, client=client, ticket=ticket
+            )
             self._check(outcome, request.query)
             for part in self._writer.write_parts(outcome, request.query):
                 yield part

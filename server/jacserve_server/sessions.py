@@ -122,9 +122,13 @@ class Session:
         reading: asyncio.Task[bytes | None] | None = None
         try:
             has_ended = False
-            while not has_ended or self._pending:
+            while not has_ended or self._pending or self._finished:
                 raw: bytes | None = None
-                if not self._pending:
+                if self._finished:
+                    finished, self._finished = self._finished, []
+                    for response in finished:
+                        yield response
+                elif not self._pending:
                     # The usual case, and the fast one: nothing else to wait for.
                     raw = await (reading or anext(iterator, None))
                     reading, has_ended = None, raw is None
@@ -138,9 +142,6 @@ class Session:
                     if reading is not None and reading.done():
                         raw = reading.result()
                         reading, has_ended = None, raw is None
-                    finished, self._finished = self._finished, []
-                    for response in finished:
-                        yield response
                 if raw is not None and (response := self._take(raw)):
                     yield response
         finally:

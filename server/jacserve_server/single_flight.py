@@ -38,6 +38,10 @@ class SingleFlight(Generic[K, V]):
         self._capacity = capacity
         self._entries: OrderedDict[K, _Entry[V]] = OrderedDict()
 
+    def has(self, key: K) -> bool:
+        """Tells whether an entry is made, or being made."""
+        return key in self._entries
+
     def ready(self, key: K) -> V | None:
         """Returns an entry that is made already, else None."""
         entry = self._entries.get(key)
@@ -59,11 +63,7 @@ class SingleFlight(Generic[K, V]):
         Raises:
             Exception: Whatever `make` raises, to all who wait for it.
         """
-        entry = self._entries.get(key)
-        if entry is None:
-            entry = _Entry(self._pool.submit(make))
-            self._entries[key] = entry
-            entry.made.add_done_callback(lambda _: self._settle(key, entry))
+        entry = self._entries.get(key) or self._begun(key, make)
         self._entries.move_to_end(key)
         entry.waiters += 1
         try:
@@ -72,6 +72,21 @@ class SingleFlight(Generic[K, V]):
             entry.waiters -= 1
             if not entry.waiters and entry.making.cancel():
                 self._drop(key, entry)
+
+    def begin(self, key: K, make: Callable[[], V], on_made: Callable[[], None]) -> None:
+        """Has an entry made that nobody waits for.
+
+        Args:
+            key: Which entry; one that is not there.
+            make: Makes it; runs in the pool.
+            on_made: Called once it is made, in the event loop.
+        """
+        self._begun(key, make).made.add_done_callback(lambda _: on_made())
+
+    def _begun(self, key: K, make: Callable[[], V]) -> _Entry[V]:
+        entry = self._entries[key] = _Entry(self._pool.submit(make))
+        entry.made.add_done_callback(lambda _: self._settle(key, entry))
+        return entry
 
     def _settle(self, key: K, entry: _Entry[V]) -> None:
         if entry.made.cancelled() or entry.made.exception() is not None:

@@ -39,6 +39,11 @@ def further_work(function: FunctionSpec, warm_up: WarmUp) -> Iterator[Work]:
         yield _work(function, warm_up, bucket)
 
 
+def single_point(function: FunctionSpec, warm_up: WarmUp) -> Work:
+    """Returns the same for one point."""
+    return _work(function, warm_up, None)
+
+
 def _smaller(bucket: int | None) -> Iterable[int | None]:
     if bucket is None:
         return ()

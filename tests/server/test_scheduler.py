@@ -1,23 +1,25 @@
 """The scheduler by itself: bounds and draining, with a fake executor."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
+from jacserve_server.admission import Admission, Ticket
 from jacserve_server.errors import ServiceError
+from jacserve_server.fair_queue import FairQueue
 from jacserve_server.scheduler import Scheduler
 from jacserve_server.work import (
     Computation,
+    InputSpec,
     Outcome,
     Outline,
     ProgramKey,
     Strategy,
     Work,
 )
-
-WORK = Work(Computation("f@1", ("value",), (), None, "matrix", ()), (), None)
 
 
 def outcome() -> Outcome:
@@ -28,16 +30,30 @@ def outcome() -> Outcome:
 class FakeExecutor:
     """Compiles nothing, runs until its gate opens, and keeps a diary."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: int = 1) -> None:
+        self.places = places
+        self.has = {("f@1", 0)}
         self.gate = asyncio.Event()
         self.diary: list[str] = []
+        self.order: list[str] = []
 
     def ready(self, key: ProgramKey) -> None:
         del key
 
-    def result_bytes(self, program: str, work: Work) -> int:
+    def on(self, program: str, place: int) -> str | None:
+        if place == 0:
+            return program
+        return f"{program} on {place}" if (program, place) in self.has else None
+
+    def when_ready(self, call: Callable[[], None]) -> None:
+        self.call = call
+
+    def check_size(self, program: str, work: Work) -> None:
         del program, work
-        return 8
+
+    def result_bytes(self, program: str, work: Work) -> int:
+        del work
+        return 3 * 2**20 if program == "large@1" else 8
 
     def is_brief(self, program: str) -> bool:
         return program == "brief@1"
@@ -52,22 +68,27 @@ class FakeExecutor:
     async def prepare(self, key: ProgramKey) -> str:
         return key.computation.function
 
-    async def run(self, program: str, work: Work) -> Any:
+    async def run(self, program: str, works: Any) -> Any:
         self.diary.append("started")
+        self.order.append(program.removesuffix("@1"))
         await self.gate.wait()
         self.diary.append("finished")
-        return outcome()
+        return [outcome() for _ in works]
 
 
-def make(slots: int = 1, max_queries: int = 2, max_bytes: int = 100):
-    executor = FakeExecutor()
+def make(slots: int = 1, max_queries: int = 3, max_bytes: int = 100, places: int = 1):
+    executor = FakeExecutor(places)
     limits = {"slots": slots, "max_queries": max_queries, "max_bytes": max_bytes}
-    return Scheduler(executor, **limits), executor
+    return Scheduler(executor, shard_rows=100, **limits), executor
 
 
-async def call(scheduler: Scheduler[str], size_bytes: int = 1) -> Outcome:
-    with scheduler.admitted(size_bytes):
-        return await scheduler.submit(WORK)
+async def call(
+    scheduler: Scheduler[str], size_bytes: int = 1, *, client: str = "", name: str = "f"
+) -> Outcome:
+    computation = Computation(f"{name}@1", ("value",), (), None, "matrix", ())
+    with scheduler.admitted(size_bytes, client=client) as ticket:
+        work = Work(computation, (), None)
+        return await scheduler.submit(work, client=client, ticket=ticket)
 
 
 async def settled() -> None:
@@ -81,7 +102,7 @@ def run(coroutine) -> None:
 
 def test_more_than_the_bound_are_refused_at_once() -> None:
     async def scenario() -> None:
-        scheduler, executor = make(max_queries=2)
+        scheduler, executor = make(max_queries=3)
         running = [asyncio.create_task(call(scheduler)) for _ in range(2)]
         await settled()
         with pytest.raises(ServiceError) as caught:
@@ -205,5 +226,157 @@ def test_a_brief_program_runs_at_once_though_every_slot_is_taken() -> None:
         assert executor.diary == ["started", "now"]
         executor.gate.set()
         await long
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("max_queries", [1, 2, 3, 4, 16, 1024])
+def test_one_client_takes_half_and_another_always_finds_room(max_queries) -> None:
+    admission = Admission(max_queries=max_queries, max_bytes=2**30)
+
+    def fill(client: str) -> None:
+        for _ in range(max_queries + 1):
+            admission.enter(Ticket(admission, client, 1))
+
+    def taken(client: str) -> int:
+        before = admission.queries
+        with pytest.raises(ServiceError) as caught:
+            fill(client)
+        assert caught.value.reason == "QUEUE_FULL"
+        return admission.queries - before
+
+    first = taken("first")
+    assert first == (max_queries + 1) // 2
+    # Each that comes gets the half of what is left.
+    left = max_queries - first
+    for client in range(3):
+        share = taken(str(client))
+        assert share >= (left > 0)
+        assert share <= (left + 1) // 2
+        left -= share
+
+
+def test_bytes_are_shared_as_places_are() -> None:
+    admission = Admission(max_queries=1000, max_bytes=100)
+    for _ in range(5):
+        admission.enter(Ticket(admission, "first", 10))
+    with pytest.raises(ServiceError, match=r"50 bytes of this client.*50 of 100 bytes"):
+        admission.enter(Ticket(admission, "first", 1))
+    other = Ticket(admission, "other", 50)
+    with other, pytest.raises(ServiceError, match="100 bytes are in flight"):
+        admission.enter(Ticket(admission, "third", 1))
+    admission.enter(Ticket(admission, "third", 1))
+
+
+def test_a_large_result_counts_until_it_is_answered() -> None:
+    async def scenario() -> None:
+        scheduler, executor = make(max_queries=99, max_bytes=2**20)
+        # Alone it fits, though it has 2 MiB more than are free.
+        large = asyncio.create_task(call(scheduler, name="large"))
+        await settled()
+        with pytest.raises(ServiceError, match=f"of {2**21 + 1} bytes are in flight"):
+            await call(scheduler, client="other")
+        executor.gate.set()
+        await large
+        # Beside another it does not, and gives back the place that it had.
+        executor.gate.clear()
+        small = asyncio.create_task(call(scheduler))
+        await settled()
+        with pytest.raises(ServiceError, match=f"one more of {2**21} bytes has no"):
+            await call(scheduler, client="other", name="large")
+        executor.gate.set()
+        await small
+        await call(scheduler, client="other", name="large")
+
+    run(scenario())
+
+
+def test_clients_take_turns_and_each_of_them_in_order() -> None:
+    async def scenario() -> None:
+        scheduler, executor = make(max_queries=99)
+        names = ["a0", "a1", "a2", "a3", "b0", "b1", "c0"]
+        calls = [
+            asyncio.create_task(call(scheduler, client=name[0], name=name))
+            for name in names
+        ]
+        await settled()
+        executor.gate.set()
+        await asyncio.gather(*calls)
+        assert executor.order == ["a0", "a1", "b0", "c0", "a2", "b1", "a3"]
+
+    run(scenario())
+
+
+def test_the_order_stays_when_some_leave() -> None:
+    queue = FairQueue[str]()
+    for item in ("a0", "a1", "a2", "b0", "c0", "c1"):
+        queue.put(item[0], item)
+    queue.remove("a", "a1")
+    queue.remove("b", "b0")
+    queue.put("c", "c-", is_first=True)
+    found = []
+    while queue:
+        item = next(queue.heads())
+        queue.take(item[0], item)
+        found.append(item)
+    assert found == ["a0", "c-", "a2", "c0", "c1"]
+    assert list(queue.heads()) == []
+
+
+def test_a_device_without_the_program_is_used_as_soon_as_it_has_it() -> None:
+    async def scenario() -> None:
+        scheduler, executor = make(slots=2, max_queries=99, places=2)
+        calls = [asyncio.create_task(call(scheduler)) for _ in range(5)]
+        await settled()
+        assert executor.order == ["f", "f"]
+        executor.has.add(("f@1", 1))
+        executor.call()
+        await settled()
+        assert executor.order == ["f", "f"] + ["f@1 on 1"] * 2
+        executor.gate.set()
+        await asyncio.gather(*calls)
+        assert len(executor.order) == 5
+
+    run(scenario())
+
+
+def test_the_emptier_device_goes_first() -> None:
+    async def scenario() -> None:
+        scheduler, executor = make(slots=2, max_queries=99, places=2)
+        executor.has.add(("f@1", 1))
+        calls = [asyncio.create_task(call(scheduler)) for _ in range(4)]
+        await settled()
+        assert executor.order == ["f", "f@1 on 1"] * 2
+        executor.gate.set()
+        await asyncio.gather(*calls)
+
+    run(scenario())
+
+
+def test_who_waits_for_another_device_holds_up_no_other_client() -> None:
+    async def scenario() -> None:
+        scheduler, executor = make(slots=1, max_queries=99, places=2)
+        executor.has.add(("g@1", 1))
+        calls = [asyncio.create_task(call(scheduler, client="a")) for _ in range(3)]
+        calls.append(asyncio.create_task(call(scheduler, client="b", name="g")))
+        await settled()
+        assert executor.order == ["f", "g@1 on 1"]
+        executor.gate.set()
+        await asyncio.gather(*calls)
+
+    run(scenario())
+
+
+def test_when_a_part_fails_those_that_wait_cost_no_device_time() -> None:
+    async def scenario() -> None:
+        scheduler, executor = make(max_queries=99, places=4)
+        executor.gate = None  # pyright: ignore[reportAttributeAccessIssue]
+        inputs = (InputSpec((), "float64", is_batched=True),)
+        computation = Computation("f@1", ("value",), (), None, "matrix", inputs)
+        with pytest.raises(AttributeError):
+            await scheduler.submit(Work(computation, (np.zeros(1000),), 1000))
+        await scheduler.drain()
+        # The device that was free had the first part; by then the second had begun.
+        assert len(executor.order) <= 2
 
     run(scenario())
