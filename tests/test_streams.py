@@ -731,7 +731,8 @@ while True:
 def kill_and_measure(
     kills: int, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> list[float]:
-    monkeypatch.setenv("JACSERVE_MAX_QUERIES", "3")
+    monkeypatch.setenv("JACSERVE_MAX_QUERIES", "8")
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")  # Else each thread keeps some.
     with server_process(SERVED) as server:
         pid = server.process.pid
         sizes: list[float] = []
@@ -760,7 +761,7 @@ def kill_and_measure(
                     ) as process:
                         assert process.wait(30) == -signal.SIGKILL
                 time.sleep(0.5)
-                with ThreadPoolExecutor(3) as pool:  # As many as are allowed at once.
+                with ThreadPoolExecutor(3) as pool:
                     list(pool.map(lambda _: client.value("double", X), range(3)))
                 answers()
                 sizes.append(memory_of(pid))
@@ -770,7 +771,8 @@ def kill_and_measure(
 def test_clients_that_go_away_leave_nothing_behind(monkeypatch) -> None:
     sizes = kill_and_measure(20, 1, monkeypatch)
     print("MiB:", sizes)
-    assert sizes[-1] - sizes[0] < 60
+    # What is cut off in 20 kills is 200 MiB and more.
+    assert sizes[-1] - sizes[0] < 100
 
 
 @pytest.mark.slow
@@ -781,16 +783,8 @@ def test_hundreds_of_clients_that_go_away_leave_nothing_behind(monkeypatch) -> N
     assert sizes[-1] - sizes[0] < 100
 
 
-def is_full(client: jacserve.Client) -> bool:
-    try:
-        assert client.value("total", X) == X.sum()
-    except jacserve.OverloadedError:
-        return True
-    return False
-
-
-def test_a_client_that_goes_away_frees_its_place(target: str, client) -> None:
-    """The server takes 4 queries; and 12 come and go in the middle of an upload."""
+def test_a_client_that_goes_away_frees_its_place(target: str) -> None:
+    """Again and again a client begins as many uploads as it may, and cancels them."""
     with grpc.insecure_channel(target) as channel:
         call: Any = channel.stream_stream(EVALUATE_STREAM)
         for _ in range(3):
@@ -800,14 +794,23 @@ def test_a_client_that_goes_away_frees_its_place(target: str, client) -> None:
                 yield HEAD.SerializeToString()
                 stop.wait(30)
 
-            calls = [call(requests()) for _ in range(4)]
+            def is_full() -> bool:
+                parts = [HEAD.SerializeToString(), ALL.SerializeToString()]
+                try:
+                    with translated(target):
+                        whole(call(iter(parts)))
+                except jacserve.OverloadedError:
+                    return True
+                return False
+
+            uploads = [call(requests()) for _ in range(4)]
             deadline = time.monotonic() + 20
-            while not is_full(client):
+            while not is_full():
                 assert time.monotonic() < deadline
-            for each in calls:
+            for each in uploads:
                 each.cancel()
             stop.set()
-            while is_full(client):
+            while is_full():
                 assert time.monotonic() < deadline
 
 
