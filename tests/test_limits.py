@@ -1,11 +1,13 @@
 """What the server refuses to take on, and what it survives."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import islice
 
+import grpc.aio
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -330,3 +332,19 @@ def test_float32_and_float64_at_the_same_time(server, client) -> None:
         ):
             assert jac.dtype == dtype
             np.testing.assert_array_equal(jac, expected[dtype])
+
+
+def test_calls_at_the_limit_of_a_connection_wait_and_are_not_reset() -> None:
+    async def ask(target: str) -> None:
+        async with grpc.aio.insecure_channel(target) as channel:
+            # Unlike ours, it is not called again when it fails.
+            check = channel.unary_unary("/grpc.health.v1.Health/Check")
+
+            async def caller() -> None:
+                for _ in range(20):
+                    await check(b"")
+
+            await asyncio.gather(*(caller() for _ in range(64)))
+
+    with serving(registry, max_streams=16) as server:
+        asyncio.run(ask(server.target))

@@ -1,9 +1,12 @@
 """1 to 256 concurrent callers of one client, beside as many of an empty call."""
 
+import asyncio
+import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
+import jacserve
 from benchmarks.fast_path.processes import BenchmarkError
 from benchmarks.fast_path.rounds import (
     Array,
@@ -37,8 +40,13 @@ def measure(setting: Setting) -> Section:
         for name, call in calls.items()
         for callers in _LEVELS
     ]
+    measures += [
+        _task_level(setting, f"n = {n}, tasks", setting.point(n), callers)
+        for n in _SIZES
+        for callers in _LEVELS
+    ]
     found = interleaved(measures, setting.effort.rounds, setting.random)
-    return _section(found, list(calls))
+    return _section(found, [*calls, *(f"n = {n}, tasks" for n in _SIZES)])
 
 
 def _caller(setting: Setting, x: Array) -> Callable[[], object]:
@@ -68,6 +76,33 @@ def _level(
     return measured
 
 
+def _task_level(
+    setting: Setting, name: str, x: Array, callers: int
+) -> Callable[[], Mapping[str, float]]:
+    """The same with tasks for callers, which do not contend for Python's lock."""
+
+    async def measure() -> tuple[int, float]:
+        async with jacserve.AsyncClient(setting.target) as client:
+            await client.jacobian("layer", x)
+            start = time.perf_counter()
+
+            async def calling() -> int:
+                count = 0
+                while time.perf_counter() < start + setting.effort.seconds:
+                    await client.jacobian("layer", x)
+                    count += 1
+                return count
+
+            counts = await asyncio.gather(*(calling() for _ in range(callers)))
+            return sum(counts), time.perf_counter() - start
+
+    def measured() -> Mapping[str, float]:
+        calls, elapsed_s = asyncio.run(measure())
+        return {f"{name} {callers} calls": calls / elapsed_s}
+
+    return measured
+
+
 def _section(found: Mapping[str, Array], names: list[str]) -> Section:
     rows = [
         compared(
@@ -79,8 +114,7 @@ def _section(found: Mapping[str, Array], names: list[str]) -> Section:
             at_least(0.75),
         )
     ]
-    for n in _SIZES:
-        name = f"n = {n}"
+    for name in (f"n = {n}{kind}" for n in _SIZES for kind in (", tasks", "")):
         best = max(_LEVELS, key=lambda level: np.median(found[f"{name} {level} calls"]))
         rows += [
             compared(
@@ -93,6 +127,17 @@ def _section(found: Mapping[str, Array], names: list[str]) -> Section:
             )
             for callers in (64, 256)
         ]
+    rows += [
+        compared(
+            f"{callers} callers of an empty call",
+            "calls/s",
+            found[f"empty {callers} calls"],
+            "16 callers",
+            found["empty 16 calls"],
+            None,
+        )
+        for callers in (64, 256)
+    ]
     failed = np.sum([x for name, x in found.items() if "errors" in name], axis=0)
     rows.append(
         alone(

@@ -201,8 +201,7 @@ def _without_reason(code: str, message: str, target: str) -> str:
     """Says what a failure below the contract means to the caller."""
     hints: Mapping[str, Callable[[], str]] = {
         "RESOURCE_EXHAUSTED": lambda: (
-            f"{message}. Send fewer points at once, or raise the server's "
-            "max_payload_bytes."
+            f"{message}. Send fewer points at once, or ask by EvaluateStream."
         ),
         "UNAVAILABLE": lambda: (
             f"No server answers at {target} ({message}). Start one with "

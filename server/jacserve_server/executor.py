@@ -15,6 +15,7 @@ import jax
 from jacserve_server.batches import finite_points, padded
 from jacserve_server.catalog import RegisteredFunction
 from jacserve_server.coalescing import gathered, separated
+from jacserve_server.device_threads import DeviceThreads
 from jacserve_server.programs import (
     Device,
     Limits,
@@ -180,7 +181,7 @@ class Executor:
             find, others, max_programs=max_programs, limits=limits
         )
         # The scheduler sees to it that no device has more than its threads.
-        self._device_threads = ThreadPoolExecutor(threads * self.places, "device")
+        self._device_threads = DeviceThreads(threads * self.places)
         self._compile_threads = ThreadPoolExecutor(compile_threads, "compile")
         self._programs = SingleFlight[_Decided, Program](
             self._compile_threads, capacity=max_programs
@@ -280,7 +281,9 @@ class Executor:
         """
         return self._run(program, work)
 
-    async def run(self, program: Program, works: Sequence[Work]) -> list[Outcome]:
+    def run(
+        self, program: Program, works: Sequence[Work]
+    ) -> "asyncio.Future[list[Outcome]]":
         """Runs a program once, in a thread of the device.
 
         Args:
@@ -289,22 +292,16 @@ class Executor:
             works: A piece of work, or several points of one computation.
 
         Returns:
-            What came of each.
-
-        Raises:
-            ServiceError: The device failed.
+            What comes of each, or a ServiceError: the device failed.
         """
-        loop = asyncio.get_running_loop()
         run = self._run_alone if len(works) == 1 else self._run_together
-        return await loop.run_in_executor(
-            self._device_threads, _contained, run, program, works
-        )
+        return self._device_threads.start(partial(_contained, run, program, works))
 
     def close(self) -> None:
         """Takes no more work; what runs can't be stopped and is not waited for."""
         self._replicas.close()
         self._compile_threads.shutdown(wait=False, cancel_futures=True)
-        self._device_threads.shutdown(wait=False, cancel_futures=True)
+        self._device_threads.close()
 
     def _decide(
         self, function: RegisteredFunction, key: ProgramKey

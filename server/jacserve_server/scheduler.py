@@ -83,7 +83,7 @@ class Executor(Protocol[P]):
         """Runs a brief program in this thread."""
         ...
 
-    async def run(self, program: P, works: Sequence[Work]) -> list[Outcome]:
+    def run(self, program: P, works: Sequence[Work]) -> "asyncio.Future[list[Outcome]]":
         """Runs a program once: on a piece of work, or on several points together."""
         ...
 
@@ -147,7 +147,7 @@ class Scheduler(Generic[P]):
         self._queue = FairQueue[_Waiting[P]]()
         # The same once more, of those that may run together: each kind by itself.
         self._alike: dict[Computation, FairQueue[_Waiting[P]]] = {}
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: set[asyncio.Future[list[Outcome]]] = set()
         self._idle = asyncio.Event()
 
     def admitted(self, size_bytes: int, client: str = "") -> Ticket:
@@ -186,18 +186,17 @@ class Scheduler(Generic[P]):
     async def submit(
         self,
         work: Work,
-        *,
-        client: str = "",
-        max_result_bytes: int | None = None,
         ticket: Ticket | None = None,
+        *,
+        max_result_bytes: int | None = None,
     ) -> Outcome:
         """Executes work when its turn comes.
 
         Args:
             work: What to run.
-            client: Who asks.
+            ticket: The query's place in flight: says who asks, and counts for a large
+                result, too. None for the server's own work.
             max_result_bytes: The most that its caller can take; None for any size.
-            ticket: The query's place in flight, which a large result counts for, too.
 
         Returns:
             What came of it, with the seconds it waited.
@@ -207,6 +206,7 @@ class Scheduler(Generic[P]):
                 room beside all that is in flight.
         """
         start = time.monotonic()
+        client = ticket.client if ticket is not None else ""
         rows = work.batch
         if rows is not None and rows >= self._shard_rows:
             rows = part_rows(rows, self._executor.places)
@@ -374,9 +374,12 @@ class Scheduler(Generic[P]):
             for mate in mates:
                 self._leave_queue(mate)
             self._free_slots[place] -= 1
-            running = asyncio.ensure_future(self._run(program, [first, *mates]))
+            members = [first, *mates]
+            works = [work for member in members for work in member.works]
+            running = self._executor.run(program, works)
             self._running.add(running)
-            running.add_done_callback(partial(self._free, place))
+            finish = partial(self._finish, place, members, time.monotonic())
+            running.add_done_callback(finish)
 
     def _next(self) -> tuple[int, _Waiting[P]] | None:
         """Returns a device with a free slot, and who is the next that it can serve."""
@@ -401,25 +404,32 @@ class Scheduler(Generic[P]):
         assert alone is not None  # Else the device would not have been chosen.
         return alone, []
 
-    async def _run(self, program: P, members: list[_Waiting[P]]) -> None:
-        """Runs what has a slot; its askers may leave, but the slot is taken."""
-        start = time.monotonic()
-        works = [work for member in members for work in member.works]
-        try:
-            outcomes = iter(await self._executor.run(program, works))
-        except Exception as error:
-            if len(members) > 1:
-                self._queue_again(members)
-            elif not members[0].answer.done():
-                members[0].answer.set_exception(error)
-                # Its asker may leave just now, and the loop would complain.
-                members[0].answer.exception()
-            return
-        for member in members:
-            queue_s = start - member.since
-            own = [replace(next(outcomes), queue_s=queue_s) for _ in member.works]
-            if not member.answer.done():
-                member.answer.set_result(own)
+    def _finish(
+        self,
+        place: int,
+        members: list[_Waiting[P]],
+        start: float,
+        running: "asyncio.Future[list[Outcome]]",
+    ) -> None:
+        """Gives each its outcome; its asker may have left, but the slot was taken."""
+        self._running.discard(running)
+        self._free_slots[place] += 1
+        error = running.exception()
+        if error is None:
+            outcomes = iter(running.result())
+            for member in members:
+                queue_s = start - member.since
+                own = [replace(next(outcomes), queue_s=queue_s) for _ in member.works]
+                if not member.answer.done():
+                    member.answer.set_result(own)
+        elif len(members) > 1:
+            self._queue_again(members)
+        elif not members[0].answer.done():
+            members[0].answer.set_exception(error)
+            # Its asker may leave just now, and the loop would complain.
+            members[0].answer.exception()
+        self._give_slots()
+        self._check_idle()
 
     def _queue_again(self, members: list[_Waiting[P]]) -> None:
         """Has each run by itself, next in its turn: one of them is at fault."""
@@ -427,12 +437,6 @@ class Scheduler(Generic[P]):
             if not member.answer.done():
                 member.kind, member.is_queued = None, True
                 self._queue.put(member.client, member, is_first=True)
-
-    def _free(self, place: int, running: "asyncio.Task[None]") -> None:
-        self._running.discard(running)
-        self._free_slots[place] += 1
-        self._give_slots()
-        self._check_idle()
 
     def _check_idle(self) -> None:
         admission = self._admission

@@ -111,6 +111,8 @@ class Server:
                 ("grpc.so_reuseport", 0),
                 # A flood of one client waits there, not in our event loop.
                 ("grpc.max_concurrent_streams", config.max_streams),
+                # Else calls at that very limit are reset, not held back.
+                ("grpc.http.overload_protection", 0),
             ]
         )
         self._service = JacobianService(

@@ -222,10 +222,7 @@ class JacobianService:
             outcome = self._scheduler.now(request.work, max_result_bytes=PIECE_BYTES)
             if outcome is None:
                 outcome = await self._scheduler.submit(
-                    request.work,
-                    client=client,
-                    max_result_bytes=PIECE_BYTES,
-                    ticket=ticket,
+                    request.work, ticket, max_result_bytes=PIECE_BYTES
                 )
             self._check(outcome, request.query)
             return self._writer.write(outcome, request.query)
@@ -248,9 +245,7 @@ class JacobianService:
             if not assembly.is_complete:
                 raise _broken("it ends before its last piece. Send all of them.")
             request = self._reader.read_streamed(head, assembly.payloads)
-            outcome = await self._scheduler.submit(
-                request.work, client=client, ticket=ticket
-            )
+            outcome = await self._scheduler.submit(request.work, ticket)
             self._check(outcome, request.query)
             for part in self._writer.write_parts(outcome, request.query):
                 yield part

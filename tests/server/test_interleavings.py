@@ -74,7 +74,10 @@ class Executor:
     def run_now(self, program: Handle, work: Work) -> Outcome:
         raise NotImplementedError
 
-    async def run(self, program: Handle, works: Sequence[Work]) -> list[Outcome]:
+    def run(self, program: Handle, works: Sequence[Work]) -> Any:
+        return asyncio.ensure_future(self._run(program, works))
+
+    async def _run(self, program: Handle, works: Sequence[Work]) -> list[Outcome]:
         key, place = program
         function = key.computation.function
         assert len(works) <= (key.bucket or 1)
@@ -131,7 +134,7 @@ async def ask(scheduler: Scheduler[Any], number: int, call: Call) -> Outcome:
         sign = -1 if call.is_bad else 1
         array = np.array(float(sign * number))
         work = Work(call.kind, (array,), None, is_exact=call.is_exact)
-        return await scheduler.submit(work, client=call.client, ticket=ticket)
+        return await scheduler.submit(work, ticket)
 
 
 async def leave(asking: "asyncio.Task[Outcome]", patience: int) -> None:

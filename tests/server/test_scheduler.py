@@ -68,7 +68,10 @@ class FakeExecutor:
     async def prepare(self, key: ProgramKey) -> str:
         return key.computation.function
 
-    async def run(self, program: str, works: Any) -> Any:
+    def run(self, program: str, works: Any) -> Any:
+        return asyncio.ensure_future(self._run(program, works))
+
+    async def _run(self, program: str, works: Any) -> Any:
         self.diary.append("started")
         self.order.append(program.removesuffix("@1"))
         await self.gate.wait()
@@ -88,7 +91,7 @@ async def call(
     computation = Computation(f"{name}@1", ("value",), (), None, "matrix", ())
     with scheduler.admitted(size_bytes, client=client) as ticket:
         work = Work(computation, (), None)
-        return await scheduler.submit(work, client=client, ticket=ticket)
+        return await scheduler.submit(work, ticket)
 
 
 async def settled() -> None:
