@@ -1007,7 +1007,6 @@ def test_no_thread_stays_after_close(target: str) -> None:
                 session.submit("double", X)
                 raise KeyError
         wait_until(lambda: len(threads_of_the_client()) <= before)
-        assert before == 0
 
 
 def threads_of_the_client() -> list[str]:
