@@ -130,9 +130,6 @@ def test_batches_are_pulled_as_results_are(
     assert source.pulled == 20
 
 
-@pytest.mark.xfail(
-    strict=True, reason="one batch more is pulled, and kept while a result is used"
-)
 @both
 def test_no_more_than_the_window_is_pulled_ahead(target: str, mapper: Mapper) -> None:
     source = Source(20)
@@ -163,10 +160,6 @@ def test_an_error_comes_where_its_result_would(target: str, mapper: Mapper) -> N
     assert list(results) == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="where the iterable raises, the results of the batches before are lost",
-)
 @both
 def test_a_source_that_fails_does_so_after_what_came_before(
     target: str, mapper: Mapper
@@ -197,7 +190,6 @@ def test_a_window_of_nothing_is_refused(target: str) -> None:
         list(client.map("double", [], window=0))
 
 
-@pytest.mark.xfail(strict=True, reason="it is only refused with the first result")
 def test_a_window_of_nothing_is_refused_at_once(target: str) -> None:
     with jacserve.Client(target) as client, pytest.raises(ValueError, match="is 0"):
         client.map("double", [], window=0)
@@ -225,9 +217,6 @@ def test_who_leaves_half_way_leaves_no_threads(target: str) -> None:
             time.sleep(0.01)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a call on its way is neither cancelled nor waited for"
-)
 def test_who_leaves_half_way_leaves_no_calls(target: str) -> None:
     batches = [(np.array([ms]), np.ones(1)) for ms in (0.0, 2000.0)]
     with jacserve.Client(target) as client:

@@ -332,9 +332,6 @@ def test_numbers_that_do_not_fit_are_refused_when_they_are_there(ask) -> None:
     assert caught.value.reason == "MALFORMED_TENSOR"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the size of a query in one message is not looked at"
-)
 def test_a_query_is_too_large_however_it_comes() -> None:
     x = np.ones(2**11)
     with serving(registry, max_payload_bytes=2**13) as server:
@@ -345,9 +342,6 @@ def test_a_query_is_too_large_however_it_comes() -> None:
             assert caught.value.reason == "QUERY_TOO_LARGE"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the fields of a piece are not bounded: 3 s of the event loop"
-)
 def test_a_part_of_tiny_fields_holds_nobody_up(ask) -> None:
     tiny = b"\x20\x01" * (2**20 // 2 - 100)
     part = pb.EvaluateStreamRequest.FromString(b"\x7a\x00").SerializeToString()
@@ -485,11 +479,6 @@ def test_sparse_empty_batches(client) -> None:
     assert stack.shape == (0, 5, 5)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="patterns don't count for STREAM_REQUIRED: a pattern of any size goes in "
-    "one message, which a stock client's limit of 4 MiB refuses",
-)
 def test_a_pattern_counts_for_what_one_message_holds(target: str, client) -> None:
     x = np.ones((0, 300_000), "f4")
     query = query_of(x, function="square")
@@ -505,14 +494,7 @@ def test_a_pattern_counts_for_what_one_message_holds(target: str, client) -> Non
     "layout",
     [
         "csr",
-        pytest.param(
-            "coo",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="the matrix shares its indices with the client's memory of "
-                "patterns, and what came by stream can be written to",
-            ),
-        ),
+        "coo",
     ],
 )
 def test_a_large_sparse_matrix_is_the_callers_own(target: str, layout: Any) -> None:
@@ -524,7 +506,6 @@ def test_a_large_sparse_matrix_is_the_callers_own(target: str, layout: Any) -> N
         np.testing.assert_array_equal(second.diagonal(), 2 * SPARSE)
 
 
-@pytest.mark.xfail(strict=True, reason="its indices can't be written to")
 def test_a_small_sparse_matrix_is_the_callers_own(client) -> None:
     jac = client.jacobian("square", np.array([1.0, 0.0, 3.0]), mode="sparse")
     jac.eliminate_zeros()

@@ -2,7 +2,16 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -190,7 +199,7 @@ class AsyncClient:
         send = partial(self._send, timeout_s)
         return await drive_async(evaluation(ask, self._memory), send)
 
-    async def map(
+    def map(
         self,
         function: str,
         batches: Iterable[Inputs] | AsyncIterable[Inputs],
@@ -202,18 +211,11 @@ class AsyncClient:
         """Evaluates batch after batch, in order; see `Client.map`."""
         if window < 1:
             raise ValueError(f"window is {window}; pass 1 or more")
-        pending: deque[asyncio.Task[Result]] = deque()
-        try:
-            async for inputs in _aiter(batches):
-                if len(pending) == window:
-                    yield await pending.popleft()
-                call = self.evaluate(function, inputs, quantities=quantities, **options)
-                pending.append(asyncio.create_task(call))
-            while pending:
-                yield await pending.popleft()
-        finally:
-            for task in pending:
-                task.cancel()
+
+        def evaluate(inputs: Inputs) -> Coroutine[Any, Any, Result]:
+            return self.evaluate(function, inputs, quantities=quantities, **options)
+
+        return _in_order(evaluate, batches, window)
 
     async def _send(self, timeout_s: float | None, step: Step) -> Answer:
         ask = step.ask
@@ -374,6 +376,36 @@ class AsyncClient:
                 function, inputs, quantities="condition_number", **options
             )
         ).condition_number
+
+
+async def _in_order(
+    evaluate: Callable[[Inputs], Coroutine[Any, Any, Result]],
+    batches: Iterable[Inputs] | AsyncIterable[Inputs],
+    window: int,
+) -> AsyncGenerator[Result]:
+    """Yields results in the order of batches, of which `window` are on their way."""
+    pending: deque[asyncio.Task[Result]] = deque()
+    source, failure = _aiter(batches), None
+    is_dry = False
+    try:
+        while True:
+            while not is_dry and len(pending) < window:
+                try:
+                    call = evaluate(await anext(source))
+                except StopAsyncIteration:
+                    is_dry = True
+                except Exception as error:  # Those before it have their results.
+                    is_dry, failure = True, error
+                else:
+                    pending.append(asyncio.create_task(call))
+            if not pending:
+                break
+            yield await pending.popleft()
+        if failure is not None:
+            raise failure
+    finally:
+        for task in pending:
+            task.cancel()
 
 
 async def _aiter(

@@ -16,11 +16,13 @@ GET_SPARSITY = f"/{_SERVICE}/GetSparsity"
 _MAX_MESSAGE_BYTES = 2**31 - 1
 
 # Every call only reads, so any may be sent again; gRPC does so by itself while the
-# server is unreachable or going away.
+# server is unreachable or going away. But a stream that it might open again would not
+# end with its server.
+_REPEATED = ("ListFunctions", "GetFunction", "GetSparsity", "Evaluate")
 _SERVICE_CONFIG = {
     "methodConfig": [
         {
-            "name": [{"service": _SERVICE}],
+            "name": [{"service": _SERVICE, "method": name} for name in _REPEATED],
             "retryPolicy": {
                 "maxAttempts": 3,
                 "initialBackoff": "0.1s",

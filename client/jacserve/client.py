@@ -1,8 +1,17 @@
 """The blocking client."""
 
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack, cast
@@ -294,21 +303,15 @@ class Client(Evaluator):
         """
         if window < 1:
             raise ValueError(f"window is {window}; pass 1 or more")
+        timeout_s = timeout_of(options.get("timeout_s"), self._timeout_s)
+        calls = _Calls()
 
         def evaluate(inputs: Inputs) -> Result:
-            return self.evaluate(function, inputs, quantities=quantities, **options)
+            ask = self._encoder.encode(function, inputs, quantities, options)
+            send = partial(self._send, timeout_s, calls=calls)
+            return drive(evaluation(ask, self._memory), send)
 
-        pool = ThreadPoolExecutor(window, "jacserve-map")
-        pending: deque[Future[Result]] = deque()
-        try:
-            for inputs in batches:
-                if len(pending) == window:
-                    yield pending.popleft().result()
-                pending.append(pool.submit(evaluate, inputs))
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        return _in_order(evaluate, batches, window, calls)
 
     def session(self, *, window: int = 64) -> Session:
         """Opens a session: many calls over one stream, each cheaper than one alone.
@@ -336,18 +339,86 @@ class Client(Evaluator):
             window=window,
         )
 
-    def _send(self, timeout_s: float | None, step: Step) -> Answer:
+    def _send(
+        self, timeout_s: float | None, step: Step, calls: "_Calls | None" = None
+    ) -> Answer:
         ask = step.ask
         try:
             if not step.is_streamed:
-                return self._evaluate(ask.to_bytes(), timeout=timeout_s)
+                if calls is None:
+                    return self._evaluate(ask.to_bytes(), timeout=timeout_s)
+                call = self._evaluate.future(ask.to_bytes(), timeout=timeout_s)
+                with calls.holding(call):
+                    return call.result()
             receiver = Receiver()
-            call: Any = self._evaluate_stream(ask.to_parts(), timeout=timeout_s)
-            try:
-                for raw in call:
-                    receiver.feed(raw)
-            finally:
-                call.cancel()  # It has ended already, unless something was raised.
+            call = self._evaluate_stream(ask.to_parts(), timeout=timeout_s)
+            with calls.holding(call) if calls else nullcontext():
+                try:
+                    for raw in call:
+                        receiver.feed(raw)
+                finally:
+                    call.cancel()  # It has ended, unless something was raised.
             return receiver.received()
         except grpc.RpcError as error:
             raise from_rpc_error(cast("grpc.Call", error), self._target) from error
+
+
+class _Calls:
+    """The calls of one iteration that are on their way, to be cancelled with it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[Any] = set()
+        self._is_over = False
+
+    @contextmanager
+    def holding(self, call: Any) -> Generator[None]:
+        """Cancels a call if the iteration ends within the block."""
+        with self._lock:
+            self._running.add(call)
+            is_over = self._is_over
+        if is_over:
+            call.cancel()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running.discard(call)
+
+    def cancel(self) -> None:
+        """Ends the iteration."""
+        with self._lock:
+            self._is_over = True
+            running = tuple(self._running)
+        for call in running:
+            call.cancel()
+
+
+def _in_order(
+    evaluate: Callable[[Inputs], Result],
+    batches: Iterable[Inputs],
+    window: int,
+    calls: _Calls,
+) -> Generator[Result]:
+    """Yields results in the order of batches, of which `window` are on their way."""
+    pool = ThreadPoolExecutor(window, "jacserve-map")
+    pending: deque[Future[Result]] = deque()
+    source, failure = iter(batches), None
+    is_dry = False
+    try:
+        while True:
+            while not is_dry and len(pending) < window:
+                try:
+                    pending.append(pool.submit(evaluate, next(source)))
+                except StopIteration:
+                    is_dry = True
+                except Exception as error:  # Those before it have their results.
+                    is_dry, failure = True, error
+            if not pending:
+                break
+            yield pending.popleft().result()
+        if failure is not None:
+            raise failure
+    finally:
+        calls.cancel()
+        pool.shutdown(wait=False, cancel_futures=True)

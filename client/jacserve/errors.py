@@ -193,7 +193,9 @@ def _from_status(code: str, status: status_pb2.Status, target: str) -> JacobianE
     )
     if isinstance(exception, OverloadedError):
         retry = _detail(status, error_details_pb2.RetryInfo)
-        exception.retry_after_s = retry.retry_delay.ToTimedelta().total_seconds()
+        exception.retry_after_s = retry.retry_delay.seconds + (
+            retry.retry_delay.nanos * 1e-9
+        )
     return exception
 
 

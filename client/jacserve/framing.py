@@ -100,21 +100,25 @@ def _read_varint(raw: bytes, place: int, stop: int) -> tuple[int, int]:
     raise DecodeError("a number has no end")
 
 
-def fields(raw: bytes, place: int, stop: int) -> Iterator[Field]:
+def fields(raw: bytes, place: int, stop: int, *, most: int = 2**62) -> Iterator[Field]:
     """Yields the fields of a serialized message, or of a part of one.
 
     Args:
         raw: The bytes, from anywhere.
         place: Where the message starts in them.
         stop: Where it stops.
+        most: How many fields it may have.
 
     Yields:
         Its fields, as they come.
 
     Raises:
-        DecodeError: It is no message.
+        DecodeError: It is no message, or has more fields.
     """
     while place < stop:
+        most -= 1
+        if most < 0:
+            raise DecodeError("the message has too many fields")
         tag, start = _read_varint(raw, place, stop)
         number, wire_type = tag >> 3, tag & 7
         if wire_type == _VARINT:
@@ -198,14 +202,51 @@ def opened(
     Raises:
         DecodeError: It is no such message, or bytes of a tensor are missing.
     """
-    hollow, holes = cut(raw, kind, most_fields=most_fields)
+    message, holes = hollowed(raw, kind, most_fields=most_fields)
     view = memoryview(raw)
     payloads: list[memoryview] = []
     for hole in holes:
         if hole.start is None:
             raise DecodeError("the bytes of a tensor are missing")
         payloads.append(view[hole.start : hole.start + hole.size])
-    return kind.FromString(hollow), payloads
+    return message, payloads
+
+
+def hollowed(
+    raw: bytes, kind: type[M], *, most_fields: int = 2**62
+) -> tuple[M, list[Hole]]:
+    """Parses a message whose tensors may have their bytes, or get them in pieces.
+
+    Args:
+        raw: The message, from anywhere.
+        kind: Of what type it is.
+        most_fields: As for `cut`.
+
+    Returns:
+        The hollow message, and a hole for each of its tensors that has bytes, in the
+        order of its fields.
+
+    Raises:
+        DecodeError: It is no such message.
+    """
+    hollow, holes = cut(raw, kind, most_fields=most_fields)
+    message = kind.FromString(hollow)
+    # Protobuf merges fields that come twice, and then a tensor has two holes.
+    sizes = list(_sizes(message, _routes(kind.DESCRIPTOR)))
+    if sizes != [hole.size for hole in holes]:
+        raise DecodeError("the bytes of a tensor come twice")
+    return message, holes
+
+
+def _sizes(message: Message, routes: _Routes) -> Iterator[int]:
+    for field, value in message.ListFields():
+        if field.number in routes:
+            for each in value if field.is_repeated else (value,):
+                inner = routes[field.number]
+                if inner is not None:
+                    yield from _sizes(each, inner)
+                elif each.streamed_bytes:
+                    yield each.streamed_bytes
 
 
 class _Cutter:
@@ -309,7 +350,7 @@ def _expand(
     parts: list[bytes | int] = []
     copied, size = start, 0
     for field in fields(raw, start, stop):
-        if field.number not in routes:
+        if field.number not in routes or not field.is_bytes:
             continue
         route = routes[field.number]
         if route is None:
@@ -326,7 +367,7 @@ def _expand(
 
 def _expand_tensor(raw: bytes, tensor: Field) -> tuple[list[bytes | int], int]:
     for field in fields(raw, tensor.start, tensor.stop):
-        if field.number == _STREAMED:
+        if field.number == _STREAMED and field.wire_type == _VARINT:
             streamed = field.number_in(raw)
             literal = raw[tensor.start : field.place] + raw[field.stop : tensor.stop]
             # Data goes last, as the contract says.

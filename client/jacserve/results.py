@@ -76,7 +76,7 @@ class Result:
     sparse_layout: SparseLayout | None
     shared_patterns: Sequence[Pattern]
     _outline: _Outline
-    _timing: bytes
+    _timing: pb.Timing
 
     @property
     def function(self) -> str:
@@ -121,7 +121,7 @@ class Result:
     @property
     def timing(self) -> Timing:
         """Where the server's time went."""
-        timing = pb.Timing.FromString(self._timing)
+        timing = self._timing
         return Timing(
             queue_s=_seconds(timing.queue_duration),
             compile_s=_seconds(timing.compile_duration),
@@ -276,7 +276,8 @@ class ResultDecoder:
         """
         if layout is None and (found := self._recognizer.find(raw)):
             outline, (timing, *payloads) = found
-            return _result(outline, iter(payloads), bytes(timing), None, known)
+            read = pb.Timing.FromString(bytes(timing))
+            return _result(outline, iter(payloads), read, None, known)
         message, payloads = framing.opened(raw, pb.Result)
         if layout is None:
             self._learn(raw, message)
@@ -310,8 +311,8 @@ def decode_opened(
     Returns:
         The answer.
     """
-    timing = message.timing.SerializeToString()
-    return _result(_outline(message), iter(payloads), timing, layout, known, message)
+    outline, read = _outline(message), message.timing
+    return _result(outline, iter(payloads), read, layout, known, message)
 
 
 def _outline(message: pb.Result) -> _Outline:
@@ -340,7 +341,7 @@ def _outline(message: pb.Result) -> _Outline:
 def _result(
     outline: _Outline,
     payloads: Iterator[Any],
-    timing: bytes,
+    timing: pb.Timing,
     layout: SparseLayout | None,
     known: Mapping[str, Pattern],
     message: pb.Result | None = None,
@@ -370,7 +371,10 @@ def _result(
 
 def _sparse(patterns: Mapping[str, Pattern], leaf: _Leaf, array: Array) -> Any:
     if leaf.pattern:
-        return SparseMatrix(array, patterns[leaf.pattern])
+        pattern = patterns[leaf.pattern]
+        if array.shape[-1:] != (pattern.nnz,):
+            raise ValueError("a sparse matrix has not as many values as its pattern")
+        return SparseMatrix(array, pattern)
     # Where sparse mode was not the way to it, the caller still asked for one type.
     is_matrix = leaf.quantity in {"jacobian", "hessian"}
     return sparse.from_dense(array) if is_matrix else array

@@ -8,11 +8,12 @@ import queue
 import struct
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from itertools import count
 from types import TracebackType
 from typing import Any, Self, TypeAlias, Unpack, cast
+from weakref import ref
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -20,6 +21,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import status_pb2  # pyright: ignore[reportMissingTypeStubs]
 
 from jacserve import framing
+from jacserve.alarms import Alarms
 from jacserve.errors import (
     DeadlineError,
     JacobianError,
@@ -29,7 +31,9 @@ from jacserve.errors import (
 )
 from jacserve.evaluation import Answer, Memory, Step, drive, evaluation, unreadable
 from jacserve.evaluator import Evaluator
+from jacserve.framing import PIECE_BYTES
 from jacserve.queries import (
+    Ask,
     EvaluateOptions,
     Inputs,
     QueryEncoder,
@@ -101,7 +105,7 @@ class _Stream:
             error = UnavailableError("The session has ended.", code="UNAVAILABLE")
         except grpc.RpcError as raised:
             error = from_rpc_error(cast("grpc.Call", raised), self._target)
-        except DecodeError as raised:
+        except Exception as raised:  # Whatever it is, those that wait must know.
             self._call.cancel()
             error = unreadable(raised)
         with self._lock:
@@ -134,10 +138,21 @@ class _Submitted(Future[Result]):
     def __init__(self) -> None:
         super().__init__()
         self.drop: Callable[[], object] = lambda: None
+        self._settling = threading.Lock()
+        self._is_settled = False
+
+    def settle(self) -> bool:
+        """Ends the time in which it can be cancelled; returns whether it was not."""
+        with self._settling:
+            if self._is_settled:
+                return False
+            self._is_settled = True
+            return self.set_running_or_notify_cancel()
 
     def cancel(self) -> bool:
         is_cancelled = super().cancel()
         if is_cancelled:
+            self.settle()  # Tells those who wait for it.
             self.drop()
         return is_cancelled
 
@@ -182,9 +197,12 @@ class Session(Evaluator):
         self._ids = count(1)
         self._lock = threading.Lock()
         self._stream: _Stream | None = None
-        self._is_closed = False
+        self._is_closed = False  # For new evaluations.
+        self._has_ended = False  # For those that go on, too.
+        self._alarms = Alarms()
         self._room = threading.Semaphore(window)
         self._pool = ThreadPoolExecutor(2, "jacserve-session")
+        self._submitted: set[_Submitted] = set()
 
     def __enter__(self) -> Self:
         """Returns the session itself."""
@@ -207,12 +225,20 @@ class Session(Evaluator):
         self._close(is_abrupt=False)
 
     def _close(self, *, is_abrupt: bool) -> None:
+        self._is_closed = True
+        if not is_abrupt and not self._is_reading:
+            # Some may have to be asked again, by the same stream or another.
+            wait(self._submitted.copy())
         with self._lock:
-            self._is_closed = True
+            self._has_ended = True
             stream, self._stream = self._stream, None
         if stream is not None:
             stream.close(is_abrupt=is_abrupt)
-        self._pool.shutdown(cancel_futures=is_abrupt)
+        if is_abrupt:
+            for future in tuple(self._submitted):
+                future.cancel()
+        self._alarms.close()
+        self._pool.shutdown(wait=not is_abrupt, cancel_futures=is_abrupt)
 
     def evaluate(
         self,
@@ -223,6 +249,7 @@ class Session(Evaluator):
         **options: Unpack[EvaluateOptions],
     ) -> Result:
         """Evaluates any set of quantities; see `Client.evaluate`."""
+        self._check_open()
         ask = self._encoder.encode(function, inputs, quantities, options)
         timeout_s = timeout_of(options.get("timeout_s"), self._timeout_s)
         return drive(evaluation(ask, self._memory), partial(self._send, timeout_s))
@@ -254,7 +281,10 @@ class Session(Evaluator):
         Raises:
             InvalidRequestError: A word or an array can't be sent.
         """
+        self._check_open()
         ask = self._encoder.encode(function, inputs, quantities, options)
+        if not ask.form.size_bytes > PIECE_BYTES:
+            ask = Ask(ask.form, [array.copy() for array in ask.arrays])
         timeout_s = timeout_of(options.get("timeout_s"), self._timeout_s)
         future = _Submitted()
         # The thread that reads answers is the one that makes room.
@@ -263,7 +293,11 @@ class Session(Evaluator):
                 "a callback submits more than the session's window has room for. "
                 "Submit from another thread."
             )
-        future.add_done_callback(lambda _: self._room.release())
+        self._submitted.add(future)
+        future.add_done_callback(self._let_go)
+        if timeout_s is not None:
+            # The server looks at it, too, if it is still there.
+            self._alarms.set(timeout_s, partial(self._expire, ref(future)))
         steps = evaluation(ask, self._memory)
         try:
             self._advance(future, steps, timeout_s, next(steps))
@@ -278,6 +312,8 @@ class Session(Evaluator):
         """Sends a step of a submitted evaluation, and goes on when its answer comes."""
 
         def proceed(answer: Answer | JacobianError) -> None:
+            if future.done():
+                return
             try:
                 if isinstance(answer, JacobianError):
                     following = steps.throw(answer)
@@ -285,10 +321,10 @@ class Session(Evaluator):
                     following = steps.send(answer)
                 self._advance(future, steps, timeout_s, following)
             except StopIteration as stop:
-                if future.set_running_or_notify_cancel():
+                if future.settle():
                     future.set_result(stop.value)
             except Exception as error:
-                if future.set_running_or_notify_cancel():
+                if future.settle():
                     future.set_exception(error)
 
         def send_alone() -> None:
@@ -319,11 +355,7 @@ class Session(Evaluator):
             answer = inbox.get(timeout=None if timeout_s is None else max(timeout_s, 0))
         except queue.Empty:
             stream.drop(id_)
-            raise DeadlineError(
-                f"{self._target} did not answer in time. Pass a larger timeout_s: the "
-                "first call of a function for new shapes also compiles it.",
-                code="DEADLINE_EXCEEDED",
-            ) from None
+            raise self._too_late() from None
         except BaseException:
             stream.drop(id_)
             raise
@@ -354,9 +386,30 @@ class Session(Evaluator):
         stream = self._stream
         return stream is not None and stream.reader_id == threading.get_ident()
 
+    def _expire(self, reference: "ref[_Submitted]") -> None:
+        future = reference()
+        if future is not None and future.settle():
+            future.set_exception(self._too_late())
+            future.drop()
+
+    def _too_late(self) -> DeadlineError:
+        return DeadlineError(
+            f"{self._target} did not answer in time. Pass a larger timeout_s: the "
+            "first call of a function for new shapes also compiles it.",
+            code="DEADLINE_EXCEEDED",
+        )
+
+    def _let_go(self, future: "Future[Result]") -> None:
+        self._submitted.discard(cast("_Submitted", future))
+        self._room.release()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("the session is closed")
+
     def _reopened(self) -> _Stream:
         with self._lock:
-            if self._is_closed:
+            if self._has_ended:
                 raise RuntimeError("the session is closed")
             if self._stream is None or not self._stream.is_open:
                 self._stream = _Stream(self._open_stream, self._target)

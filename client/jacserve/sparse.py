@@ -122,7 +122,7 @@ class SparseMatrix:
             layout: "csr" for a csr_array, "coo" for a coo_array.
 
         Returns:
-            The array; it shares its values with this one.
+            The array; it shares its values with this one, and has its own indices.
 
         Raises:
             ImportError: scipy is not installed.
@@ -140,9 +140,9 @@ class SparseMatrix:
         sparse = importlib.import_module("scipy.sparse")
         pattern = self.pattern
         if layout == "csr":
-            parts = (self.data, pattern.columns, pattern.row_starts)
+            parts = (self.data, pattern.columns.copy(), pattern.row_starts)
             return sparse.csr_array(parts, shape=pattern.shape)
-        parts = (self.data, (pattern.rows, pattern.columns))
+        parts = (self.data, (pattern.rows.copy(), pattern.columns.copy()))
         return sparse.coo_array(parts, shape=pattern.shape)
 
     def __len__(self) -> int:
@@ -218,19 +218,34 @@ def decode_pattern(message: pb.Pattern, payloads: Iterator[Any]) -> Pattern:
     Returns:
         The pattern.
     """
-    m = message.row_count
+    m, n = message.row_count, message.column_count
     columns = _indices(message.columns, payloads)
     if message.HasField("rows"):
         rows = _indices(message.rows, payloads)
     else:
         starts = _indices(message.row_starts, payloads)
-        rows = np.repeat(np.arange(m, dtype=np.int32), np.diff(starts))
-    return Pattern((m, message.column_count), rows, columns, message.hash)
+        counts = np.diff(starts)
+        is_whole = len(starts) == m + 1 and starts[0] == 0 and (counts >= 0).all()
+        if not is_whole or starts[-1] != len(columns):
+            raise ValueError("the row starts of a pattern contradict its columns")
+        rows = np.repeat(np.arange(m, dtype=np.int32), counts)
+    if len(rows) != len(columns) or not (_within(rows, m) and _within(columns, n)):
+        raise ValueError("the indices of a pattern contradict each other or its shape")
+    for indices in (rows, columns):
+        indices.flags.writeable = False  # Many matrices share them.
+    return Pattern((m, n), rows, columns, message.hash)
 
 
 def _indices(tensor: pb.Tensor, payloads: Iterator[Any]) -> Array:
     size = tensor.streamed_bytes
-    return tensors.spec_of(tensor, size).array(next(payloads) if size else b"")
+    spec = tensors.spec_of(tensor, size)
+    if (spec.dtype, len(spec.shape)) != (np.dtype(np.int32), 1):
+        raise ValueError("the indices of a pattern are not a row of int32")
+    return spec.array(next(payloads) if size else b"")
+
+
+def _within(indices: Array, size: int) -> bool:
+    return not len(indices) or bool(indices.min() >= 0 and indices.max() < size)
 
 
 class PatternCache:

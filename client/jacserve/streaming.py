@@ -17,6 +17,7 @@ from jacserve.v1 import jacobian_pb2 as pb
 
 _HEAD = pb.EvaluateStreamResponse.HEAD_FIELD_NUMBER
 _PIECE = pb.EvaluateStreamResponse.PIECE_FIELD_NUMBER
+_MOST_FIELDS = 16  # A piece has three, and may get some more.
 _PIECE_FIELDS = (
     pb.Piece.TENSOR_FIELD_NUMBER,
     pb.Piece.OFFSET_FIELD_NUMBER,
@@ -75,8 +76,7 @@ def read_head(
         DecodeError: It is no such message.
         StreamError: It has no head.
     """
-    hollow, holes = framing.cut(raw, kind, most_fields=most_fields)
-    part = kind.FromString(hollow)
+    part, holes = framing.hollowed(raw, kind, most_fields=most_fields)
     if not part.HasField("head"):
         raise StreamError("the first part has no head. Send the head first.")
     return part, holes
@@ -146,9 +146,10 @@ class Assembly:
 def _read_piece(raw: bytes) -> tuple[int, int, int, int]:
     """Returns a piece's tensor and offset, and where its data starts and stops."""
     try:
-        [part] = framing.fields(raw, 0, len(raw))
+        [part] = framing.fields(raw, 0, len(raw), most=1)
         if part.number == _PIECE and part.is_bytes:
-            found = {f.number: f for f in framing.fields(raw, part.start, part.stop)}
+            inner = framing.fields(raw, part.start, part.stop, most=_MOST_FIELDS)
+            found = {field.number: field for field in inner}
             tensor, offset, data = map(found.get, _PIECE_FIELDS)
             if data is not None and data.is_bytes:
                 return (

@@ -237,13 +237,7 @@ class Scheduler(Generic[P]):
             return
         result_bytes = self._executor.result_bytes(program, work)
         if result_bytes > max_result_bytes:
-            raise ServiceError(
-                "STREAM_REQUIRED",
-                f"the answer would take {result_bytes} bytes, and in one message at "
-                f"most {max_result_bytes} are sent. Ask by EvaluateStream.",
-                result_bytes=result_bytes,
-                max_result_bytes=max_result_bytes,
-            )
+            raise stream_required(result_bytes, max_result_bytes)
 
     async def measure_gain(self, work: Work, most: int) -> Gain | None:
         """Measures whether points of one kind are better computed together.
@@ -443,3 +437,14 @@ class Scheduler(Generic[P]):
         is_busy = admission.queries or self._queue or self._running
         if admission.is_closed and not is_busy:
             self._idle.set()
+
+
+def stream_required(result_bytes: int, max_result_bytes: int) -> ServiceError:
+    """Makes the error of an answer that is too large for one message."""
+    return ServiceError(
+        "STREAM_REQUIRED",
+        f"the answer would take {result_bytes} bytes, and in one message at most "
+        f"{max_result_bytes} are sent. Ask by EvaluateStream.",
+        result_bytes=result_bytes,
+        max_result_bytes=max_result_bytes,
+    )

@@ -16,7 +16,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import aclosing
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -30,7 +30,6 @@ from jacserve.framing import PIECE_BYTES, Frame
 from jacserve.streaming import Assembly, StreamError
 from jacserve.v1 import jacobian_pb2 as pb
 from jacserve.vocabulary import Quantity
-from jacserve_server.admission import shutting_down
 from jacserve_server.catalog import Catalog
 from jacserve_server.errors import ServiceError
 from jacserve_server.measurements import Measurement
@@ -44,8 +43,8 @@ from jacserve_server.messages import (
 from jacserve_server.planning import plan_sparsity
 from jacserve_server.query import Query
 from jacserve_server.replies import ReplyWriter
-from jacserve_server.requests import RequestReader
-from jacserve_server.scheduler import Scheduler
+from jacserve_server.requests import Request, RequestReader
+from jacserve_server.scheduler import Scheduler, stream_required
 from jacserve_server.sessions import Session
 from jacserve_server.signature import FunctionSpec
 from jacserve_server.work import Outcome
@@ -85,8 +84,7 @@ class JacobianService:
         self._measured = measured
         self._reader = RequestReader(lambda name: catalog.find(name).spec)
         self._writer = ReplyWriter()
-        self._sessions: set[asyncio.Task[Any]] = set()
-        self._is_closing = False
+        self._sessions: set[Session] = set()
 
     async def ListFunctions(  # noqa: N802, D102
         self, request: pb.ListFunctionsRequest, context: Any
@@ -120,27 +118,21 @@ class JacobianService:
     async def Session(  # noqa: N802, D102
         self, requests: AsyncIterator[bytes], context: Any
     ) -> AsyncIterator[bytes]:
-        task = cast("asyncio.Task[Any]", asyncio.current_task())
-        self._sessions.add(task)
-        answerer = _Answerer(self, context.peer())
+        session = Session(_Answerer(self, context.peer()))
+        self._sessions.add(session)
         try:
-            async with aclosing(Session(answerer).answers(requests)) as answers:
+            async with aclosing(session.answers(requests)) as answers:
                 async for answer in answers:
                     yield answer
-        except asyncio.CancelledError:
-            if not self._is_closing:
-                raise
-            _set_error(context, shutting_down())
         except Exception as error:
             _set_error(context, *_explained(error))
         finally:
-            self._sessions.discard(task)
+            self._sessions.discard(session)
 
     def close_sessions(self) -> None:
-        """Ends the sessions that are open, as unavailable."""
-        self._is_closing = True
-        for task in self._sessions:
-            task.cancel()
+        """Ends the sessions that are open, as unavailable, once all is answered."""
+        for session in self._sessions:
+            session.close()
 
     async def _list(self, request: pb.ListFunctionsRequest) -> pb.ListFunctionsResponse:
         specs = self._catalog.specs
@@ -197,11 +189,11 @@ class JacobianService:
             ServiceError: It can't be evaluated.
         """
         with self._scheduler.admitted(len(raw), client):
-            request = self._reader.read(raw)
+            request = self._read(raw)
             outcome = self._scheduler.now(request.work, max_result_bytes=PIECE_BYTES)
             if outcome is None:
                 return None
-            self._check(outcome, request.query)
+            self._check(outcome, request.query, PIECE_BYTES)
             return self._writer.write(outcome, request.query)
 
     async def evaluate(self, raw: bytes, client: str) -> bytes:
@@ -218,14 +210,20 @@ class JacobianService:
             ServiceError: It can't be evaluated.
         """
         with self._scheduler.admitted(len(raw), client) as ticket:
-            request = self._reader.read(raw)
+            request = self._read(raw)
             outcome = self._scheduler.now(request.work, max_result_bytes=PIECE_BYTES)
             if outcome is None:
                 outcome = await self._scheduler.submit(
                     request.work, ticket, max_result_bytes=PIECE_BYTES
                 )
-            self._check(outcome, request.query)
+            self._check(outcome, request.query, PIECE_BYTES)
             return self._writer.write(outcome, request.query)
+
+    def _read(self, raw: bytes) -> Request:
+        request = self._reader.read(raw)
+        if len(raw) > self._max_payload_bytes:
+            self._check_query_size(sum(x.nbytes for x in request.work.arrays))
+        return request
 
     async def _evaluate_stream(
         self, raws: AsyncIterator[bytes], client: str
@@ -250,13 +248,18 @@ class JacobianService:
             for part in self._writer.write_parts(outcome, request.query):
                 yield part
 
-    def _check(self, outcome: Outcome, query: Query) -> None:
+    def _check(
+        self, outcome: Outcome, query: Query, max_result_bytes: int | None = None
+    ) -> None:
         if query.require_finite:
             _check_finite(outcome, query.quantities)
         if outcome.outline.patterns or query.patterns:
             _check_patterns(outcome, query)
             resource = f"functions/{outcome.outline.function}"
-            self._check_size(resource, result_bytes(outcome, query))
+            size_bytes = result_bytes(outcome, query)
+            self._check_size(resource, size_bytes)
+            if max_result_bytes is not None and size_bytes > max_result_bytes:
+                raise stream_required(size_bytes, max_result_bytes)
 
     def _check_query_size(self, size_bytes: int) -> None:
         if size_bytes > self._max_payload_bytes:

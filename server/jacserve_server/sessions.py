@@ -1,24 +1,26 @@
 """Many queries on one stream: each is answered when it is done.
 
 A brief query is answered where it is read. For any other a task waits, while the next
-ones are read; where as many wait as a session may have, nothing more is read, and gRPC
-holds the client back.
+ones are read; where as many wait as a session may have, one more is held and nothing
+else is read, and gRPC holds the client back.
 """
 
 import asyncio
 import struct
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError
 
 from jacserve import framing
 from jacserve.v1 import jacobian_pb2 as pb
+from jacserve_server.admission import shutting_down
 from jacserve_server.errors import ServiceError
 
 _MOST_PENDING = 64
+_MOST_FIELDS = 16  # A request has three, and may get some more.
 
 _ID = pb.SessionRequest.ID_FIELD_NUMBER
 _TIMEOUT = pb.SessionRequest.TIMEOUT_FIELD_NUMBER
@@ -69,9 +71,9 @@ class _Request:
 def _read(raw: bytes) -> _Request:
     id_, timeout_s, is_cancel, query = 0, None, False, b""
     try:
-        for field in framing.fields(raw, 0, len(raw)):
+        for field in framing.fields(raw, 0, len(raw), most=_MOST_FIELDS):
             if field.number == _QUERY and field.is_bytes:
-                query = raw[field.start : field.stop]
+                query, is_cancel = raw[field.start : field.stop], False
             elif field.number == _ID and field.stop - field.start == 8:
                 id_ = int.from_bytes(raw[field.start : field.stop], "little")
             elif field.number == _TIMEOUT and field.is_bytes:
@@ -104,7 +106,18 @@ class Session:
         self._answerer = answerer
         self._pending: dict[int, asyncio.Task[bytes]] = {}
         self._finished: list[bytes] = []
+        # A query that was read when as many were pending as may be.
+        self._held: _Request | None = None
         self._stirred = asyncio.Event()
+        self._resting: asyncio.Task[Any] | None = None
+        self._is_closing = False
+
+    def close(self) -> None:
+        """Has it end as soon as nothing is pending and all answers are sent."""
+        self._is_closing = True
+        self._stirred.set()
+        if self._resting is not None:
+            self._resting.cancel()
 
     async def answers(self, raws: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
         """Answers queries until there are no more.
@@ -116,25 +129,28 @@ class Session:
             Serialized SessionResponses, as queries are done.
 
         Raises:
-            ServiceError: A message can't be read, or an id is in use.
+            ServiceError: A message can't be read, an id is in use, or it was closed.
         """
         iterator = aiter(raws)
         reading: asyncio.Task[bytes | None] | None = None
+        has_ended = False
         try:
-            has_ended = False
-            while not has_ended or self._pending or self._finished:
+            while not has_ended or self._pending or self._finished or self._held:
                 raw: bytes | None = None
                 if self._finished:
                     finished, self._finished = self._finished, []
                     for response in finished:
                         yield response
+                elif self._held and len(self._pending) < _MOST_PENDING:
+                    held, self._held = self._held, None
+                    if response := self._take(held):
+                        yield response
                 elif not self._pending:
                     # The usual case, and the fast one: nothing else to wait for.
-                    raw = await (reading or anext(iterator, None))
+                    raw = await self._rest(reading or anext(iterator, None))
                     reading, has_ended = None, raw is None
                 else:
-                    has_room = len(self._pending) < _MOST_PENDING
-                    if reading is None and has_room and not has_ended:
+                    if reading is None and self._held is None and not has_ended:
                         reading = asyncio.create_task(_next(iterator))
                         reading.add_done_callback(lambda _: self._stirred.set())
                     await self._stirred.wait()
@@ -142,25 +158,41 @@ class Session:
                     if reading is not None and reading.done():
                         raw = reading.result()
                         reading, has_ended = None, raw is None
-                if raw is not None and (response := self._take(raw)):
+                if raw is not None and (response := self._take(_read(raw))):
                     yield response
         finally:
             for task in [*self._pending.values(), *([reading] if reading else [])]:
                 task.cancel()
 
-    def _take(self, raw: bytes) -> bytes | None:
+    async def _rest(self, read: Awaitable[bytes | None]) -> bytes | None:
+        """Waits for the next message while nothing is pending."""
+        if self._is_closing:
+            raise shutting_down()
+        self._resting = asyncio.current_task()
+        try:
+            return await read
+        except asyncio.CancelledError:
+            if self._is_closing:
+                raise shutting_down() from None
+            raise
+        finally:
+            self._resting = None
+
+    def _take(self, request: _Request) -> bytes | None:
         """Answers a query, or begins to."""
-        request = _read(raw)
         if request.is_cancel:
-            if task := self._pending.get(request.id):
-                task.cancel()
+            self._cancel(request.id)
             return None
-        if request.id in self._pending:
+        is_held = self._held is not None and self._held.id == request.id
+        if request.id in self._pending or is_held:
             raise ServiceError(
                 "STREAM_BROKEN",
                 f"id {request.id} is that of a query that has no answer yet. Use "
                 "another.",
             )
+        if len(self._pending) >= _MOST_PENDING:
+            self._held = request
+            return None
         try:
             result = self._answerer.answer_now(request.query)
         except Exception as error:
@@ -171,6 +203,13 @@ class Session:
         self._pending[request.id] = task
         task.add_done_callback(lambda done: self._finish(request.id, done))
         return None
+
+    def _cancel(self, id_: int) -> None:
+        if task := self._pending.get(id_):
+            task.cancel()
+        elif self._held is not None and self._held.id == id_:
+            self._held = None
+            self._finished.append(self._failure(id_, asyncio.CancelledError()))
 
     async def _answer(self, request: _Request) -> bytes:
         async with asyncio.timeout(request.timeout_s):

@@ -352,11 +352,6 @@ def test_unusual_messages_are_read_as_protobuf_does(raw: bytes) -> None:
     assert whole(hollow, payloads) == pb.Query.FromString(raw)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a tensor whose data comes in two merged parts has two holes: its first "
-    "bytes are taken for its value, and the next tensor gets the others",
-)
 def test_a_tensor_in_two_parts_is_refused_or_merged() -> None:
     raw = query_of(HEAD + field_of(BYTES, ONE), field_of(BYTES, TWO), apart=True)
     assert pb.Query.FromString(raw).inputs[0].tensor.data == TWO
@@ -368,9 +363,6 @@ def test_a_tensor_in_two_parts_is_refused_or_merged() -> None:
     assert decoded.inputs[0][1].tolist() == [2.0]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the bytes of one tensor are given to the next one"
-)
 def test_a_tensor_in_two_parts_does_not_shift_the_next() -> None:
     raw = [
         query_of(HEAD + field_of(BYTES, ONE), field_of(BYTES, ONE), apart=True),
@@ -384,10 +376,6 @@ def test_a_tensor_in_two_parts_does_not_shift_the_next() -> None:
     assert decoded.inputs[1][1].tolist() == [2.0]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="Frame takes an unknown field of a tensor's number for a message",
-)
 def test_a_frame_of_a_message_with_foreign_fields() -> None:
     raw = query_of(HEAD, field_of(BYTES, ONE)) + varint(9 << 3 | 0) + b"\x05"
     hollow, payloads = framing.opened(raw, pb.Query)
@@ -543,11 +531,6 @@ def with_timing(timing: bytes) -> bytes:
     return field_of(pb.Result.TIMING_FIELD_NUMBER, timing) + result.SerializeToString()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a warm decoder does not read the timing, so that Result.timing raises "
-    "DecodeError where a cold decoder refuses the answer",
-)
 def test_a_garbled_timing_is_refused_warm_as_cold() -> None:
     timing = pb.Timing()
     timing.execute_duration.nanos = 5
@@ -595,9 +578,6 @@ def test_a_garbled_result_is_refused_in_known_ways(seed: int, kind: int) -> None
         decoder.decode(damaged(raw, random.Random(seed)))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="indices of another dtype raise TypeError, which none expects"
-)
 def test_a_garbled_sparse_result_is_refused_in_known_ways() -> None:
     raw = sparse_result(COLUMNS, STARTS)
     for seed in range(500, 600):
@@ -610,7 +590,6 @@ def test_a_sparse_result_is_decoded() -> None:
     assert result.jacobian.toarray().tolist() == [[1, 0, 0], [0, 0, 2]]
 
 
-@pytest.mark.xfail(strict=True, reason="a pattern's indices are not checked")
 @pytest.mark.parametrize(
     ("columns", "starts"),
     [
