@@ -225,9 +225,19 @@ def assert_agrees(
         assert_within(actual, expected, relative * max(1.0, float(values[0])))
 
 
+def in_turn(animal: Animal, mode: str, dtype: str) -> int:
+    return animal.modes.index(mode) + animal.dtypes.index(dtype)
+
+
 CASES = [
     pytest.param(
-        animal, mode, dtype, quantity, id=f"{animal.name}-{mode}-{dtype}-{quantity}"
+        animal,
+        mode,
+        dtype,
+        quantity,
+        id=f"{animal.name}-{mode}-{dtype}-{quantity}",
+        # The others have each mode and each dtype of each animal once.
+        marks=[pytest.mark.slow] if in_turn(animal, mode, dtype) % 2 else [],
     )
     for animal in ZOO
     for mode in animal.modes
@@ -241,8 +251,7 @@ def test_a_quantity_is_what_numpy_makes_of_j(
     client: jacserve.Client, animal: Animal, mode: str, dtype: str, quantity: str
 ) -> None:
     relative, eps = tolerance(animal, dtype), float(np.finfo(dtype).eps)
-    in_turn = animal.modes.index(mode) + animal.dtypes.index(dtype)
-    if in_turn % 2:
+    if in_turn(animal, mode, dtype) % 2:
         rows = batch_rows(client, animal, mode, dtype)
     else:
         rows = [single_row(client, animal, mode, dtype, 0)]

@@ -181,6 +181,7 @@ def test_a_deadline_in_the_queue_spends_no_device_time(
     occupied = occupy(client, calls)
     with pytest.raises(jacserve.DeadlineError):
         client.value("patient", np.ones(3), timeout_s=0.3)
+    time.sleep(0.1)  # The server is told a moment after the client.
     release.set()
     occupied.result(timeout=30)
     assert client.value("double", np.ones(3))[0] == 2.0
