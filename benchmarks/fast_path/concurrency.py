@@ -81,24 +81,28 @@ def _task_level(
 ) -> Callable[[], Mapping[str, float]]:
     """The same with tasks for callers, which do not contend for Python's lock."""
 
-    async def measure() -> tuple[int, float]:
+    async def measure() -> tuple[list[float], float]:
         async with jacserve.AsyncClient(setting.target) as client:
             await client.jacobian("layer", x)
             start = time.perf_counter()
 
-            async def calling() -> int:
-                count = 0
-                while time.perf_counter() < start + setting.effort.seconds:
-                    await client.jacobian("layer", x)
-                    count += 1
-                return count
+            latencies_ms: list[float] = []
 
-            counts = await asyncio.gather(*(calling() for _ in range(callers)))
-            return sum(counts), time.perf_counter() - start
+            async def calling() -> None:
+                while (begun := time.perf_counter()) < start + setting.effort.seconds:
+                    await client.jacobian("layer", x)
+                    latencies_ms.append((time.perf_counter() - begun) * 1e3)
+
+            await asyncio.gather(*(calling() for _ in range(callers)))
+            return latencies_ms, time.perf_counter() - start
 
     def measured() -> Mapping[str, float]:
-        calls, elapsed_s = asyncio.run(measure())
-        return {f"{name} {callers} calls": calls / elapsed_s}
+        latencies_ms, elapsed_s = asyncio.run(measure())
+        return {
+            f"{name} {callers} calls": len(latencies_ms) / elapsed_s,
+            f"{name} {callers} p50": float(np.percentile(latencies_ms, 50)),
+            f"{name} {callers} p99": float(np.percentile(latencies_ms, 99)),
+        }
 
     return measured
 
