@@ -14,6 +14,7 @@ from jacserve.queries import Ask
 from jacserve.results import Result, ResultDecoder, decode_opened
 from jacserve.sparse import Pattern, PatternCache
 from jacserve.streaming import Assembly, StreamError, read_head
+from jacserve.tensors import spec_of
 from jacserve.v1 import jacobian_pb2 as pb
 
 
@@ -170,6 +171,9 @@ class Receiver:
                 self._assembly.feed(raw)
             else:
                 part, holes = read_head(raw, pb.EvaluateStreamResponse)
+                for output in part.head.outputs:
+                    # Before any of it is allocated.
+                    spec_of(output.tensor, output.tensor.streamed_bytes)
                 self._head = part.head
                 self._assembly = Assembly(raw, holes)
         except (DecodeError, ValueError, MemoryError) as error:

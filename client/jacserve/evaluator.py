@@ -23,20 +23,7 @@ class Evaluator(ABC):
         quantities: Quantity | Sequence[Quantity] = ("value", "jacobian"),
         **options: Unpack[EvaluateOptions],
     ) -> Result:
-        """Evaluates any set of quantities, in one pass of one compiled program.
-
-        Args:
-            function: A registered name.
-            inputs: One array, a tuple in declared order, or a mapping by name.
-            quantities: What to compute; see `jacserve.Result` for each.
-            **options: See `jacserve.queries.EvaluateOptions`.
-
-        Returns:
-            The quantities, with the mode that ran and the server's timing.
-
-        Raises:
-            JacobianError: The call failed; see `Client`.
-        """
+        """Evaluates any set of quantities; see `Client.evaluate`."""
 
     def fun_and_jac(
         self, function: str, **options: Unpack[Options]
