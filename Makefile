@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PROTO := jacserve/v1/jacobian.proto
+PROTO := jacserve/v1/jacobian.proto jacserve/v1/jobs.proto
 # Where googleapis-common-protos has put google/rpc/status.proto.
 GOOGLEAPIS = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 PROTOC = $(BIN)/python -m grpc_tools.protoc -Iproto -I$(GOOGLEAPIS) \
@@ -21,12 +21,12 @@ $(VENV)/.runtime: pyproject.toml
 	@echo "Installing into $(VENV) (once; a minute or two) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "pip>=25.1"
-	@$(BIN)/python -m pip install --quiet -e ".[server,cli]"
+	@$(BIN)/python -m pip install --quiet -e ".[server,cli,jobs]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
 	@echo "Installing the development tools ..."
-	@$(BIN)/python -m pip install --quiet -e ".[server,cli,sparse,plot]" --group dev
+	@$(BIN)/python -m pip install --quiet -e ".[server,cli,jobs,postgres,sparse,plot]" --group dev
 	@touch $@
 
 .PHONY: install
@@ -115,7 +115,7 @@ proto-check: $(VENV)/.dev ## Checks that the generated code is fresh and documen
 	@diff -r -x __init__.py -x __pycache__ build/proto/jacserve/v1 client/jacserve/v1 \
 		|| { echo "The generated code is stale: run make proto."; exit 1; }
 	@! grep -n "Missing associated documentation comment" client/jacserve/v1/*.py \
-		|| { echo "An RPC of proto/$(PROTO) has no comment."; exit 1; }
+		|| { echo "An RPC of the contract has no comment."; exit 1; }
 	@echo "The generated code is fresh."
 
 .PHONY: build

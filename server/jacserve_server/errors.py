@@ -38,6 +38,14 @@ Reason = Literal[
     "STREAM_REQUIRED",
     "STREAM_BROKEN",
     "QUERY_TOO_LARGE",
+    "JOB_NOT_FOUND",
+    "JOB_ALREADY_EXISTS",
+    "JOB_NOT_FINISHED",
+    "TOO_MANY_JOBS",
+    "SOURCE_FORBIDDEN",
+    "SOURCE_UNREADABLE",
+    "STORAGE_UNAVAILABLE",
+    "FUNCTION_CHANGED",
 ]
 CODES: Mapping[Reason, int] = MappingProxyType(
     {
@@ -65,6 +73,14 @@ CODES: Mapping[Reason, int] = MappingProxyType(
         "STREAM_REQUIRED": code_pb2.FAILED_PRECONDITION,
         "STREAM_BROKEN": code_pb2.INVALID_ARGUMENT,
         "QUERY_TOO_LARGE": code_pb2.RESOURCE_EXHAUSTED,
+        "JOB_NOT_FOUND": code_pb2.NOT_FOUND,
+        "JOB_ALREADY_EXISTS": code_pb2.ALREADY_EXISTS,
+        "JOB_NOT_FINISHED": code_pb2.FAILED_PRECONDITION,
+        "TOO_MANY_JOBS": code_pb2.RESOURCE_EXHAUSTED,
+        "SOURCE_FORBIDDEN": code_pb2.PERMISSION_DENIED,
+        "SOURCE_UNREADABLE": code_pb2.INVALID_ARGUMENT,
+        "STORAGE_UNAVAILABLE": code_pb2.UNAVAILABLE,
+        "FUNCTION_CHANGED": code_pb2.FAILED_PRECONDITION,
     }
 )
 

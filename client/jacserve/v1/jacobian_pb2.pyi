@@ -93,6 +93,14 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STREAM_REQUIRED: _ClassVar[ErrorReason]
     STREAM_BROKEN: _ClassVar[ErrorReason]
     QUERY_TOO_LARGE: _ClassVar[ErrorReason]
+    JOB_NOT_FOUND: _ClassVar[ErrorReason]
+    JOB_ALREADY_EXISTS: _ClassVar[ErrorReason]
+    JOB_NOT_FINISHED: _ClassVar[ErrorReason]
+    TOO_MANY_JOBS: _ClassVar[ErrorReason]
+    SOURCE_FORBIDDEN: _ClassVar[ErrorReason]
+    SOURCE_UNREADABLE: _ClassVar[ErrorReason]
+    STORAGE_UNAVAILABLE: _ClassVar[ErrorReason]
+    FUNCTION_CHANGED: _ClassVar[ErrorReason]
 QUANTITY_UNSPECIFIED: Quantity
 QUANTITY_VALUE: Quantity
 QUANTITY_JACOBIAN: Quantity
@@ -161,6 +169,14 @@ PATTERN_UNKNOWN: ErrorReason
 STREAM_REQUIRED: ErrorReason
 STREAM_BROKEN: ErrorReason
 QUERY_TOO_LARGE: ErrorReason
+JOB_NOT_FOUND: ErrorReason
+JOB_ALREADY_EXISTS: ErrorReason
+JOB_NOT_FINISHED: ErrorReason
+TOO_MANY_JOBS: ErrorReason
+SOURCE_FORBIDDEN: ErrorReason
+SOURCE_UNREADABLE: ErrorReason
+STORAGE_UNAVAILABLE: ErrorReason
+FUNCTION_CHANGED: ErrorReason
 
 class Function(_message.Message):
     __slots__ = ("name", "documentation", "arguments", "results", "modes", "missing_modes", "preferred_mode", "max_batch", "measured_strategies", "sizes")
@@ -282,23 +298,35 @@ class Query(_message.Message):
     def __init__(self, function: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., quantities: _Optional[_Iterable[_Union[Quantity, str]]] = ..., wrt: _Optional[_Iterable[str]] = ..., mode: _Optional[_Union[Mode, str]] = ..., layout: _Optional[_Union[Layout, str]] = ..., cast: bool = ..., require_finite: bool = ..., tangents: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., cotangents: _Optional[_Iterable[_Union[Cotangent, _Mapping]]] = ..., patterns: _Optional[_Iterable[str]] = ..., exact: bool = ...) -> None: ...
 
 class Input(_message.Message):
-    __slots__ = ("name", "tensor")
+    __slots__ = ("name", "tensor", "source")
     NAME_FIELD_NUMBER: _ClassVar[int]
     TENSOR_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
     name: str
     tensor: Tensor
-    def __init__(self, name: _Optional[str] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    source: Source
+    def __init__(self, name: _Optional[str] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., source: _Optional[_Union[Source, _Mapping]] = ...) -> None: ...
 
 class Cotangent(_message.Message):
-    __slots__ = ("path", "tensor")
+    __slots__ = ("path", "tensor", "source")
     PATH_FIELD_NUMBER: _ClassVar[int]
     TENSOR_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
     path: _containers.RepeatedCompositeFieldContainer[PathStep]
     tensor: Tensor
-    def __init__(self, path: _Optional[_Iterable[_Union[PathStep, _Mapping]]] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    source: Source
+    def __init__(self, path: _Optional[_Iterable[_Union[PathStep, _Mapping]]] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., source: _Optional[_Union[Source, _Mapping]] = ...) -> None: ...
+
+class Source(_message.Message):
+    __slots__ = ("path", "array")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    ARRAY_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    array: str
+    def __init__(self, path: _Optional[str] = ..., array: _Optional[str] = ...) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("function", "outputs", "patterns", "finite", "device", "bucket", "timing", "chunk_size", "measured", "coalesced_count")
+    __slots__ = ("function", "outputs", "patterns", "finite", "device", "bucket", "timing", "chunk_size", "measured", "coalesced_count", "finite_points")
     FUNCTION_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     PATTERNS_FIELD_NUMBER: _ClassVar[int]
@@ -309,6 +337,7 @@ class Result(_message.Message):
     CHUNK_SIZE_FIELD_NUMBER: _ClassVar[int]
     MEASURED_FIELD_NUMBER: _ClassVar[int]
     COALESCED_COUNT_FIELD_NUMBER: _ClassVar[int]
+    FINITE_POINTS_FIELD_NUMBER: _ClassVar[int]
     function: str
     outputs: _containers.RepeatedCompositeFieldContainer[Output]
     patterns: _containers.RepeatedCompositeFieldContainer[Pattern]
@@ -319,7 +348,8 @@ class Result(_message.Message):
     chunk_size: int
     measured: bool
     coalesced_count: int
-    def __init__(self, function: _Optional[str] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., patterns: _Optional[_Iterable[_Union[Pattern, _Mapping]]] = ..., finite: bool = ..., device: _Optional[str] = ..., bucket: _Optional[int] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., chunk_size: _Optional[int] = ..., measured: bool = ..., coalesced_count: _Optional[int] = ...) -> None: ...
+    finite_points: Tensor
+    def __init__(self, function: _Optional[str] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., patterns: _Optional[_Iterable[_Union[Pattern, _Mapping]]] = ..., finite: bool = ..., device: _Optional[str] = ..., bucket: _Optional[int] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., chunk_size: _Optional[int] = ..., measured: bool = ..., coalesced_count: _Optional[int] = ..., finite_points: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class Output(_message.Message):
     __slots__ = ("quantity", "path", "tensor", "mode", "pattern")

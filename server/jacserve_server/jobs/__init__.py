@@ -1,0 +1,1 @@
+"""Batch jobs: queries about more points than one call carries."""
