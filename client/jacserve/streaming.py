@@ -82,6 +82,61 @@ def read_head(
     return part, holes
 
 
+class Pieces:
+    """Checks that the pieces of tensors follow each other as they must."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        """Waits for the first.
+
+        Args:
+            sizes: The bytes of each tensor that comes in pieces, at least one.
+        """
+        self._sizes = sizes
+        self._tensor = self._offset = 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all bytes have come."""
+        return self._tensor == len(self._sizes)
+
+    def take(self, raw: bytes) -> tuple[int, int, memoryview]:
+        """Takes the next part.
+
+        Args:
+            raw: The part, from anywhere.
+
+        Returns:
+            The place of its tensor, how many bytes came before, and the bytes.
+
+        Raises:
+            StreamError: It is not the piece that comes next.
+        """
+        tensor, offset, start, stop = _read_piece(raw)
+        size = stop - start
+        if self.is_complete:
+            raise StreamError(
+                "there is a part after the last piece. Send as many bytes as the "
+                "head's streamed_bytes say."
+            )
+        if (tensor, offset) != (self._tensor, self._offset):
+            raise StreamError(
+                f"the piece is byte {offset} of tensor {tensor}, but byte "
+                f"{self._offset} of tensor {self._tensor} comes next. Send each piece "
+                "once, in order."
+            )
+        left = self._sizes[tensor] - offset
+        if not 0 < size <= min(PIECE_BYTES, left):
+            raise StreamError(
+                f"the piece has {size} bytes, and {left} are left of tensor {tensor}. "
+                f"Send at least 1 and at most {PIECE_BYTES} at once, and no more than "
+                "are left."
+            )
+        self._offset += size
+        if size == left:
+            self._tensor, self._offset = tensor + 1, 0
+        return tensor, offset, memoryview(raw)[start:stop]
+
+
 class Assembly:
     """The bytes of a head's tensors, as pieces bring them."""
 
@@ -101,12 +156,12 @@ class Assembly:
                 self.payloads.append(self._awaited[-1])
             else:
                 self.payloads.append(view[hole.start : hole.start + hole.size])
-        self._tensor = self._offset = 0
+        self._pieces = Pieces([len(buffer) for buffer in self._awaited])
 
     @property
     def is_complete(self) -> bool:
         """Whether all bytes are there."""
-        return self._tensor == len(self._awaited)
+        return self._pieces.is_complete
 
     def feed(self, raw: bytes) -> None:
         """Takes the next part.
@@ -117,30 +172,8 @@ class Assembly:
         Raises:
             StreamError: It is not the piece that comes next.
         """
-        tensor, offset, start, stop = _read_piece(raw)
-        size = stop - start
-        if self.is_complete:
-            raise StreamError(
-                "there is a part after the last piece. Send as many bytes as the "
-                "head's streamed_bytes say."
-            )
-        if (tensor, offset) != (self._tensor, self._offset):
-            raise StreamError(
-                f"the piece is byte {offset} of tensor {tensor}, but byte "
-                f"{self._offset} of tensor {self._tensor} comes next. Send each piece "
-                "once, in order."
-            )
-        buffer = self._awaited[tensor]
-        if not 0 < size <= min(PIECE_BYTES, len(buffer) - offset):
-            raise StreamError(
-                f"the piece has {size} bytes, and {len(buffer) - offset} are left of "
-                f"tensor {tensor}. Send at least 1 and at most {PIECE_BYTES} at once, "
-                "and no more than are left."
-            )
-        buffer[offset : offset + size] = memoryview(raw)[start:stop]
-        self._offset += size
-        if self._offset == len(buffer):
-            self._tensor, self._offset = tensor + 1, 0
+        tensor, offset, data = self._pieces.take(raw)
+        self._awaited[tensor][offset : offset + len(data)] = data
 
 
 def _read_piece(raw: bytes) -> tuple[int, int, int, int]:
