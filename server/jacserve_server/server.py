@@ -25,17 +25,9 @@ from jacserve_server.batches import bucket_for
 from jacserve_server.catalog import Catalog, RegisteredFunction
 from jacserve_server.config import Config
 from jacserve_server.errors import ServiceError
-from jacserve_server.executor import (
-    Executor,
-    default_threads,
-    find_devices,
-    memory_budget,
-)
-from jacserve_server.measurements import Measurements
-from jacserve_server.programs import Limits
+from jacserve_server.machine import build_machine
 from jacserve_server.registration import build_catalog
 from jacserve_server.registry import Registry, WarmUp
-from jacserve_server.scheduler import Scheduler
 from jacserve_server.service import JacobianService, add_to_server
 from jacserve_server.signature import FunctionSpec
 from jacserve_server.warmup import first_work, further_work, single_point
@@ -71,30 +63,8 @@ class Server:
             DeviceError: The device is not there.
         """
         self._config = config
-        devices = find_devices(config.device)
-        device, *others = devices
-        threads = config.device_threads or default_threads(devices)
-        measurements = Measurements.load(config.cache_dir)
-        self._executor = Executor(
-            catalog.find,
-            device,
-            others=others,
-            threads=threads,
-            compile_threads=config.compile_threads,
-            max_programs=config.max_programs,
-            limits=Limits(
-                result_bytes=config.max_payload_bytes,
-                program_bytes=config.max_program_bytes or memory_budget(devices),
-            ),
-            measured=partial(measurements.find, device=device.device_kind),
-        )
-        self._scheduler = Scheduler(
-            self._executor,
-            slots=threads,
-            max_queries=config.max_queries,
-            max_bytes=config.max_queued_bytes,
-            shard_rows=config.shard_rows,
-        )
+        machine = build_machine(catalog, config)
+        self._executor, self._scheduler = machine.executor, machine.scheduler
         self._warming: asyncio.Task[None] | None = None
         self._warm_ups = [
             (function, warm_up)
@@ -118,7 +88,7 @@ class Server:
         self._service = JacobianService(
             catalog,
             self._scheduler,
-            partial(measurements.of, device=device.device_kind),
+            partial(machine.measurements.of, device=machine.device_kind),
             config.max_payload_bytes,
         )
         add_to_server(self._service, self._server)
