@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError, Message
 from jacserve import framing
 from jacserve.framing import PIECE_BYTES, Frame, Hole
 from jacserve.tensors import Array
-from jacserve.v1 import jacobian_pb2 as pb
+from jacserve.v1 import jacobian_pb2 as pb, jobs_pb2
 
 _HEAD = pb.EvaluateStreamResponse.HEAD_FIELD_NUMBER
 _PIECE = pb.EvaluateStreamResponse.PIECE_FIELD_NUMBER
@@ -45,18 +45,43 @@ def parts(hollow: Message, payloads: Sequence[Array]) -> Iterator[bytes]:
         whole = Frame(hollow).filled(payloads)
         yield framing.bytes_field(_HEAD, len(whole)) + whole
         return
-    head = hollow.SerializeToString()
-    yield framing.bytes_field(_HEAD, len(head)) + head
+    yield head_part(hollow)
     for place, payload in enumerate(payloads):
-        for offset in range(0, len(payload), PIECE_BYTES):
-            data = payload[offset : offset + PIECE_BYTES]
-            before = pb.Piece(tensor=place, offset=offset).SerializeToString()
-            before += framing.bytes_field(pb.Piece.DATA_FIELD_NUMBER, len(data))
-            size = len(before) + len(data)
-            yield b"".join([framing.bytes_field(_PIECE, size), before, data.data])
+        yield from pieces(place, 0, payload)
 
 
-P = TypeVar("P", pb.EvaluateStreamRequest, pb.EvaluateStreamResponse)
+def head_part(hollow: Message) -> bytes:
+    """Returns the first part of a message whose tensors all come in pieces."""
+    head = hollow.SerializeToString()
+    return framing.bytes_field(_HEAD, len(head)) + head
+
+
+def pieces(tensor: int, start: int, payload: Array) -> Iterator[bytes]:
+    """Yields some bytes of a tensor.
+
+    Args:
+        tensor: Which of the tensors with `streamed_bytes`, from 0.
+        start: How many of its bytes came before.
+        payload: The bytes, in one row.
+
+    Yields:
+        Parts, serialized.
+    """
+    for offset in range(0, len(payload), PIECE_BYTES):
+        data = payload[offset : offset + PIECE_BYTES]
+        before = pb.Piece(tensor=tensor, offset=start + offset).SerializeToString()
+        before += framing.bytes_field(pb.Piece.DATA_FIELD_NUMBER, len(data))
+        size = len(before) + len(data)
+        yield b"".join([framing.bytes_field(_PIECE, size), before, data.data])
+
+
+P = TypeVar(
+    "P",
+    pb.EvaluateStreamRequest,
+    pb.EvaluateStreamResponse,
+    jobs_pb2.CreateJobRequest,
+    jobs_pb2.ReadJobResultResponse,
+)
 
 
 def read_head(
@@ -66,7 +91,7 @@ def read_head(
 
     Args:
         raw: The part, from anywhere.
-        kind: EvaluateStreamRequest or EvaluateStreamResponse.
+        kind: Of what type it is.
         most_fields: As for `framing.cut`.
 
     Returns:

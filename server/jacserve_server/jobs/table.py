@@ -37,6 +37,7 @@ __all__ = ["ChunkRecord", "JobRecord", "JobTable", "NewJob", "TableError"]
 _JOB = [jobs.c[field.name] for field in fields(JobRecord)]
 _CHUNK = [chunks.c[field.name] for field in fields(ChunkRecord)]
 _OLDEST_FIRST = (jobs.c.created_at, jobs.c.uid)
+_MOST_VALUES = 1000
 _INSERTS = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 
 
@@ -299,18 +300,23 @@ class JobTable:
                 )
             return True
 
-    def settle(self, uid: str, server: str) -> None:
-        """Notes that all chunks committed so far are on a disk.
+    def settle(self, uid: str, server: str, indexes: Sequence[int]) -> None:
+        """Notes that chunks are on a disk.
 
         Args:
             uid: The job.
             server: The server that runs it; nothing is noted where it does not.
+            indexes: The places of the chunks.
         """
         with self._database.writing(is_durable=False) as connection:
-            if self._held(connection, uid, server):
+            if not self._held(connection, uid, server):
+                return
+            # A database takes only so many values in one statement.
+            for first in range(0, len(indexes), _MOST_VALUES):
+                places = indexes[first : first + _MOST_VALUES]
                 connection.execute(
                     update(chunks)
-                    .where(chunks.c.uid == uid, chunks.c.boot.is_not(None))
+                    .where(chunks.c.uid == uid, chunks.c.index.in_(places))
                     .values(boot=None)
                 )
 
