@@ -102,7 +102,7 @@ def open_zarr(location: Location, array: str) -> Source:
         found = _found(store, name)
         if isinstance(found, zarr.Array):
             return ZarrSource(location, name, found)
-        group = found or _found(store, "")
+        group = _found(store, "") if found is None else found
         if group is None:
             raise unreadable(
                 location,
@@ -117,13 +117,13 @@ def open_zarr(location: Location, array: str) -> Source:
                 "can't be named: the store is one array",
                 "Leave the array's name out",
             )
-        base = name if found else ""
+        base = "" if found is None else name
         inner = [f"{base}/{key}".lstrip("/") for key in group.array_keys()]
-        if found and len(inner) == 1:
+        if found is not None and len(inner) == 1:
             return ZarrSource(
                 location, inner[0], zarr.open_array(store, mode="r", path=inner[0])
             )
-    fault = "is a group, of which no array is named" if found else "is not there"
+    fault = "is a group, of which no array is named" if found is not None else "is not there"
     raise unreadable(
         location,
         array,
