@@ -1,6 +1,9 @@
 """Arrays of every format are what was written, and broken ones are errors."""
 
 import io
+import json
+import os
+import pickle
 import resource
 import struct
 import warnings
@@ -16,6 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zarr
+import zarr.codecs.numcodecs
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import HealthCheck, given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -466,7 +471,7 @@ def test_other_compressions(opens: Opens, method: int) -> None:
 
 def test_zarr_chunks_that_are_too_large(opens: Opens) -> None:
     def write(path: Path) -> None:
-        zarr.create_array(path, shape=2**40, chunks=2**40, dtype="f8")
+        zarr.create_array(path, shape=2**40, chunks=(2**40,), dtype="f8")
 
     fails(opens, "x.zarr", write, "chunks of 8,796,093,022,208 bytes")
 
@@ -476,6 +481,68 @@ def test_zarr_shards_of_too_many_chunks(opens: Opens) -> None:
         zarr.create_array(path, shape=2**40, chunks=(1,), shards=(2**40,), dtype="f8")
 
     fails(opens, "x.zarr", write, "shards of more than")
+
+
+class Command:
+    """Runs when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def write_encoded(path: Path, codec: str, place: str) -> None:
+    """Writes an array of version 2 that says so of its chunks."""
+    zarr.create_array(path, shape=4, dtype="f8", zarr_format=2)
+    metadata = json.loads((path / ".zarray").read_text())
+    metadata |= {"compressor": None, "filters": None}
+    metadata[place] = {"id": codec} if place == "compressor" else [{"id": codec}]
+    (path / ".zarray").write_text(json.dumps(metadata))
+
+
+@pytest.mark.parametrize("place", ["compressor", "filters"])
+def test_codecs_that_are_not_for_numbers(
+    opens: Opens, tmp_path: Path, place: str
+) -> None:
+    """Pickles run what they hold, but for Zarr's refusal or ours."""
+    text = "is encoded by 'base64'"
+    fails(opens, "x.zarr", lambda p: write_encoded(p, "base64", place), text)
+
+    def write(path: Path) -> None:
+        write_encoded(path, "pickle", place)
+        (path / "0").write_bytes(pickle.dumps(Command(tmp_path / "ran")))
+
+    fails(opens, "y.zarr", write, "'pickle'")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "codec",
+    [
+        ("BZ2", {}),
+        ("LZ4", {}),
+        ("LZMA", {}),
+        ("Zlib", {}),
+        ("Shuffle", {"elementsize": 8}),
+        ("Delta", {"dtype": "<i8"}),
+        ("CRC32", {}),
+    ],
+)
+def test_codecs_of_version_2_in_version_3(opens: Opens, codec: Any) -> None:
+    x = np.arange(12).reshape(4, 3)
+    name, options = codec
+    place = "filters" if name == "Delta" else "compressors"
+
+    def write(path: Path) -> None:
+        kind = getattr(zarr.codecs.numcodecs, name)
+        places: Any = {place: [kind(**options)]}
+        zarr.create_array(path, data=x, chunks=(3, 3), **places)
+
+    with warnings.catch_warnings(action="ignore"):
+        source = opens("x.zarr", write)
+        assert_same(source.read(1, 4), x[1:4])
 
 
 def test_a_store_that_changes_is_noticed(tmp_path: Path) -> None:
@@ -693,3 +760,93 @@ def test_a_root_that_vanishes(tmp_path: Path) -> None:
         with pytest.raises(ServiceError) as error:
             open_source(at(tmp_path / "srv", path))
         assert error.value.reason == "STORAGE_UNAVAILABLE"
+
+
+class Flaky(MemoryFileSystem):
+    """A storage that can be reached until it can't."""
+
+    protocol = "flaky"
+    fault: BaseException | None = None
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        return super()._strip_protocol(str(path).replace("flaky:", "memory:"))
+
+    def _reach(self) -> None:
+        if Flaky.fault:
+            raise Flaky.fault
+
+    def _open(self, *args: Any, **kwargs: Any) -> Any:
+        self._reach()
+        return FlakyFile(super()._open(*args, **kwargs))
+
+    def cat_file(self, *args: Any, **kwargs: Any) -> bytes:
+        self._reach()
+        return super().cat_file(*args, **kwargs)
+
+
+class FlakyFile(io.BytesIO):
+    def __init__(self, file: Any) -> None:
+        super().__init__(file.getvalue())
+
+    def readinto(self, buffer: Any) -> int:
+        if Flaky.fault:
+            raise Flaky.fault
+        return super().readinto(buffer)
+
+
+@pytest.fixture
+def flaky() -> Iterator[type[Flaky]]:
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    Flaky.fault = None
+    yield Flaky
+    Flaky.fault = None
+
+
+@of_every_format
+@pytest.mark.parametrize(
+    "fault", [ConnectionResetError("key:secret@host"), RuntimeError("key:secret@host")]
+)
+def test_a_storage_that_can_not_be_reached_is_no_broken_file(
+    tmp_path: Path,
+    flaky: type[Flaky],
+    path: str,
+    write: Write,
+    dtypes: list[str],
+    fault: Exception,
+) -> None:
+    """The job waits for the one, and fails by the other."""
+    x = np.random.default_rng(0).integers(0, 9, size=(50_000, 2)).astype(dtypes[-1])
+    x = x[:400] if path == "x.zarr" else x[:2000] if path == "x.parquet" else x
+    middle = len(x) // 2
+    write(tmp_path / path, x)
+    url = copy_to_memory(tmp_path).replace("memory:", "flaky:")
+    source = open_source(at(url, path))
+    assert_same(source.read(0, 3), x[:3])
+    flaky.fault = fault
+    uses = [lambda: source.read(middle, len(x)), lambda: open_source(at(url, path))]
+    for use in uses:
+        with pytest.raises(ServiceError) as error:
+            use()
+        assert error.value.reason == "STORAGE_UNAVAILABLE"
+        assert "secret" not in error.value.message
+    flaky.fault = None
+    assert_same(source.read(middle, len(x)), x[middle:])
+    source.close()
+
+
+@of_every_format
+def test_files_are_closed(
+    tmp_path: Path, path: str, write: Write, dtypes: list[str]
+) -> None:
+    write(tmp_path / path, np.ones((8, 3), dtypes[0]))
+    (tmp_path / f"broken.{path}").write_bytes(b"broken")
+    source = open_source(at(tmp_path, path))
+    source.read_all()
+    source.close()
+    with pytest.raises(ServiceError):
+        open_source(at(tmp_path, f"broken.{path}"))
+    with pytest.raises(ServiceError):
+        open_source(at(tmp_path, path), "no such array")
+    held = [os.path.realpath(file) for file in Path("/proc/self/fd").iterdir()]
+    assert not [name for name in held if str(tmp_path) in name]
