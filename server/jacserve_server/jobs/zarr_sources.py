@@ -1,7 +1,7 @@
 """Arrays in Zarr stores, of version 2 or 3."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,17 @@ from jacserve_server.jobs.storage import (
 )
 
 _MAX_INNER_CHUNKS = 2**27
+# Of numbers, each to be decoded without danger. Among those that Zarr knows is
+# "pickle", which runs whatever a chunk tells it to.
+_CODECS = frozenset(
+    {
+        *("bytes", "crc32c", "sharding_indexed", "transpose"),
+        *("blosc", "bz2", "gzip", "lz4", "lzma", "zlib", "zstd"),
+        *("bitround", "packbits", "pcodec", "quantize", "zfpy"),
+        *("astype", "delta", "fixedscaleoffset", "shuffle"),
+        *("adler32", "crc32", "fletcher32", "jenkins_lookup3"),
+    }
+)
 
 
 class ZarrSource:
@@ -47,7 +58,16 @@ class ZarrSource:
         with parsing(location, name):
             dtype = np.dtype(array.dtype)
             chunk, shard = array.chunks, array.shards
+            codecs = set(_codecs(array.metadata.to_dict()))
         self.shape, self.dtype = checked(location, name, array.shape, dtype)
+        if not codecs <= _CODECS:
+            raise unreadable(
+                location,
+                name,
+                f"is encoded by {', '.join(map(repr, sorted(codecs - _CODECS)[:10]))}, "
+                "which the server does not decode",
+                f"Write it with some of {', '.join(sorted(_CODECS))}",
+            )
         remedy = "Write it in smaller chunks"
         chunk_bytes = math.prod(chunk) * dtype.itemsize
         check_decoded(location, name, "chunks", chunk_bytes, remedy)
@@ -89,6 +109,15 @@ class ZarrSource:
         self._zarr.store.close()
 
 
+def _codecs(metadata: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the names of all codecs of an array, those inside of shards, too."""
+    for kind in ("compressor", "filters", "codecs", "index_codecs"):
+        found = metadata.get(kind) or ()
+        for codec in (found,) if isinstance(found, Mapping) else found:
+            yield str(codec.get("name", codec.get("id"))).removeprefix("numcodecs.")
+            yield from _codecs(codec.get("configuration") or {})
+
+
 def open_zarr(location: Location, array: str) -> Source:
     """Opens an array of a Zarr store; see `open_source`."""
     store = zarr_store(location, is_writable=False)
@@ -102,7 +131,7 @@ def open_zarr(location: Location, array: str) -> Source:
         found = _found(store, name)
         if isinstance(found, zarr.Array):
             return ZarrSource(location, name, found)
-        group = found or _found(store, "")
+        group = _found(store, "") if found is None else found
         if group is None:
             raise unreadable(
                 location,
@@ -117,13 +146,17 @@ def open_zarr(location: Location, array: str) -> Source:
                 "can't be named: the store is one array",
                 "Leave the array's name out",
             )
-        base = name if found else ""
+        base = "" if found is None else name
         inner = [f"{base}/{key}".lstrip("/") for key in group.array_keys()]
-        if found and len(inner) == 1:
+        if found is not None and len(inner) == 1:
             return ZarrSource(
                 location, inner[0], zarr.open_array(store, mode="r", path=inner[0])
             )
-    fault = "is a group, of which no array is named" if found else "is not there"
+    fault = (
+        "is a group, of which no array is named"
+        if found is not None
+        else "is not there"
+    )
     raise unreadable(
         location,
         array,
