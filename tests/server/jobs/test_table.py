@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -25,6 +25,7 @@ from jacserve_server.jobs.table import (
 )
 from postgresql import find_programs, postgresql
 
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs to fork")
 PROGRAM = Path(__file__).parents[2] / "table_process.py"
 
 
@@ -138,7 +139,7 @@ def in_state(table: JobTable, state: JobState) -> JobRecord:
     job, _ = table.create(new_job(f"is-{state}"))
     if state != "queued":
         assert claim(table) is not None
-    if state in ("succeeded", "failed"):
+    if state == "succeeded" or state == "failed":
         assert table.finish(job.uid, "a", state)
     if state == "cancelled":
         table.cancel(job.job_id)
@@ -160,6 +161,7 @@ def move(table: JobTable, job: JobRecord, target: JobState) -> bool:
     if target == "cancelled":
         table.cancel(job.job_id)
         return read(table, job) != job
+    assert target == "succeeded" or target == "failed"
     return table.finish(job.uid, "a", target)
 
 
@@ -505,55 +507,63 @@ def test_of_those_who_create_a_job_at_once_one_is_first(table: JobTable) -> None
     assert len({job.uid for job, _ in made}) == 1
 
 
-def spawn(*arguments: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
+@contextmanager
+def processes(*arguments: str) -> Iterator["subprocess.Popen[str]"]:
+    """Runs table_process.py."""
+    started = subprocess.Popen(
         [sys.executable, PROGRAM, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    try:
+        yield started
+    finally:
+        started.kill()
+        started.communicate()
 
 
+@needs_fork
 def test_of_several_processes_each_job_goes_to_one(
     table: JobTable, url: str, folder: str
 ) -> None:
     made = [table.create(new_job(str(number)))[0].uid for number in range(60)]
-    processes = [spawn("claim", url, folder) for _ in range(3)]
-    with ThreadPoolExecutor(3) as pool:
-        outputs = pool.map(lambda process: process.communicate("go\n"), processes)
-    got = Counter[str]()
-    for output, errors in outputs:
-        assert errors == ""
-        got.update(output.split())
-    assert got == Counter(made)
+    with processes("claim", url, folder) as started:
+        output, errors = started.communicate()
+    assert errors == ""
+    got = [line.split() for line in output.splitlines()]
+    assert Counter(uid for _, uid in got) == Counter(made)
+    assert len({server for server, _ in got}) > 1
+    assert {(job.owner, job.uid) for job in table.jobs(limit=99)} == {*map(tuple, got)}
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs to fork")
+@needs_fork
 def test_a_killed_process_loses_no_commit(
     table: JobTable, url: str, folder: str
 ) -> None:
     chosen = random.Random(0)
     job = running(table)
-    process = spawn("commit", url, folder, job.uid)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    for _ in range(10):
-        process.stdin.write("go\n")
-        process.stdin.flush()
-        pid = int(process.stdout.readline())
-        first = int(process.stdout.readline())
-        time.sleep(chosen.uniform(0, 0.05))
-        os.kill(pid, signal.SIGKILL)
-        told = list(iter(process.stdout.readline, "dead\n"))
-        kept = table.chunks(job.uid)
-        assert [chunk.index for chunk in kept] == list(range(len(kept)))
-        assert len(kept) in (first + 1 + len(told), first + 2 + len(told))
-        found = read(table, job)
-        assert found.done_count == sum(chunk.rows for chunk in kept)
-        assert found.non_finite_count == sum(chunk.non_finite for chunk in kept)
-        assert found.execute_s == sum(chunk.execute_s for chunk in kept)
-    assert process.communicate() == ("", "")
+    with processes("commit", url, folder, job.uid) as started:
+        assert started.stdin is not None
+        assert started.stdout is not None
+        for _ in range(10):
+            started.stdin.write("go\n")
+            started.stdin.flush()
+            pid = int(started.stdout.readline())
+            first = int(started.stdout.readline())
+            time.sleep(chosen.uniform(0, 0.05))
+            os.kill(pid, signal.SIGKILL)
+            told = list(iter(started.stdout.readline, "dead\n"))
+            kept = table.chunks(job.uid)
+            assert [chunk.index for chunk in kept] == list(range(len(kept)))
+            # It may be killed after a commit and before it has told of it.
+            assert len(kept) in (first + 1 + len(told), first + 2 + len(told))
+            found = read(table, job)
+            assert found.done_count == sum(chunk.rows for chunk in kept)
+            assert found.non_finite_count == sum(chunk.non_finite for chunk in kept)
+            assert found.execute_s == sum(chunk.execute_s for chunk in kept)
+        assert started.communicate() == ("", "")
 
 
 @pytest.fixture
@@ -607,6 +617,14 @@ def test_a_useless_url_is_refused_without_what_is_in_it(url: str, said: str) -> 
     with pytest.raises(TableError, match=said) as caught:
         JobTable(url, "folder")
     assert "secret" not in str(caught.value)
+
+
+def test_without_psycopg_the_error_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(TableError, match=r"jacserve\[postgres\]"):
+        JobTable("postgresql://host/name", "folder")
 
 
 def test_a_locked_database_is_a_table_error(tmp_path: Path) -> None:
