@@ -17,6 +17,11 @@ from itertools import count
 from jacserve_server.jobs.table import ChunkRecord, JobTable
 
 
+def tell(*words: object) -> None:
+    # A line in one piece, as print does not always: others write to the same pipe.
+    os.write(1, f"{' '.join(map(str, words))}\n".encode())
+
+
 def claim(url: str, folder: str) -> None:
     for _ in range(3):
         if not os.fork():
@@ -31,7 +36,7 @@ def claim_from(table: JobTable) -> None:
     got: set[str] = set()
     while job := table.claim(server, ["f@1"], lambda name: name != "a", running=got):
         got.add(job.uid)
-        print(server, job.uid, flush=True)
+        tell(server, job.uid)
 
 
 def commit(url: str, folder: str, uid: str) -> None:
@@ -40,18 +45,18 @@ def commit(url: str, folder: str, uid: str) -> None:
         if not child:
             commit_to(JobTable(url, folder), uid)
         os.waitpid(child, 0)
-        print("dead", flush=True)
+        tell("dead")
 
 
 def commit_to(table: JobTable, uid: str) -> None:
-    print(os.getpid(), flush=True)
+    tell(os.getpid())
     for index in count(len(table.chunks(uid))):
         chunk = ChunkRecord(index, 10, index % 3, 10 * index, 0.5)
         ready = 10 * (index + 1)
         assert table.commit(
             uid, "a", chunk, boot="b", points_per_s=1.0, ready_count=ready
         )
-        print(index, flush=True)
+        tell(index)
 
 
 if __name__ == "__main__":

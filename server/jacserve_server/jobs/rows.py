@@ -43,7 +43,7 @@ class JobRows:
         self.is_here: ColumnElement[bool] = jobs.c.folder == folder
 
     def add(self, connection: Connection, new: NewJob) -> None:
-        """Adds a job, if its id is free."""
+        """Adds a job, if its id is free and it is not there yet."""
         now = self._clock()
         connection.execute(
             _INSERTS[connection.dialect.name](jobs)
@@ -54,9 +54,7 @@ class JobRows:
                 created_at=now,
                 updated_at=now,
             )
-            .on_conflict_do_nothing(
-                index_elements=[jobs.c.folder, jobs.c.job_id], index_where=IS_TAKEN
-            )
+            .on_conflict_do_nothing()
         )
 
     def one(

@@ -78,11 +78,12 @@ class JobTable:
             The job of that id, which is another where it was taken; and whether it is
             the new one.
         """
+        is_it = or_(has_id(new.job_id), jobs.c.uid == new.uid)
         while True:
             with self._database.writing() as connection:
                 self._rows.add(connection, new)
-                found = self._rows.one(connection, has_id(new.job_id))
-            # Else it was taken, and has been deleted since.
+                found = self._rows.one(connection, is_it)
+            # Else the id was taken, and its job has been deleted since.
             if found is not None:
                 return found, found.uid == new.uid
 

@@ -303,4 +303,4 @@ def test_the_table_does_what_a_simple_model_does() -> None:
 
 @pytest.mark.slow
 def test_it_does_so_for_longer(url: str) -> None:
-    play(url, 300)
+    play(url, 60)
