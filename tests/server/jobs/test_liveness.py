@@ -88,6 +88,7 @@ def test_a_thread_may_close_what_another_has_opened(
     opening.start()
     opening.join()
     (other,) = opened
+    assert other.is_alive(other.id)
     assert presence.is_alive(other.id)
     other.close()
     assert not presence.is_alive(other.id)
