@@ -26,9 +26,13 @@ from jacserve.functions import (
     ResultInfo,
     Sparsity,
 )
+from jacserve.job_messages import JobInfo, JobProgress
+from jacserve.job_reading import Chunk
+from jacserve.jobs import Job
+from jacserve.queries import Source
 from jacserve.results import Result, Timing
 from jacserve.sparse import Pattern, SparseMatrix
-from jacserve.vocabulary import Layout, Mode, ModeOption, Quantity
+from jacserve.vocabulary import JobState, Layout, Mode, ModeOption, Quantity
 
 __all__ = [
     "ArgumentInfo",
@@ -36,11 +40,16 @@ __all__ = [
     "CancelledError",
     "CapacityError",
     "Check",
+    "Chunk",
     "Client",
     "DeadlineError",
     "FunctionInfo",
     "InvalidRequestError",
     "JacobianError",
+    "Job",
+    "JobInfo",
+    "JobProgress",
+    "JobState",
     "Layout",
     "MeasuredStrategy",
     "Mode",
@@ -54,6 +63,7 @@ __all__ = [
     "Result",
     "ResultInfo",
     "ServerError",
+    "Source",
     "SparseMatrix",
     "Sparsity",
     "Timing",

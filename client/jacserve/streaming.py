@@ -1,7 +1,8 @@
 """Messages in parts: a head, then the bytes of its tensors in pieces.
 
 `parts` makes them of a hollow message and `Assembly` puts them together again, into
-buffers that are made once. Both directions of EvaluateStream go the same way.
+buffers that are made once. Both directions of EvaluateStream go the same way, and so
+do the points of a job and its results: all their parts have the same two fields.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from google.protobuf.message import DecodeError, Message
 from jacserve import framing
 from jacserve.framing import PIECE_BYTES, Frame, Hole
 from jacserve.tensors import Array
-from jacserve.v1 import jacobian_pb2 as pb
+from jacserve.v1 import jacobian_pb2 as pb, jobs_pb2 as jobs_pb
 
 _HEAD = pb.EvaluateStreamResponse.HEAD_FIELD_NUMBER
 _PIECE = pb.EvaluateStreamResponse.PIECE_FIELD_NUMBER
@@ -33,13 +34,13 @@ def parts(hollow: Message, payloads: Sequence[Array]) -> Iterator[bytes]:
     """Yields a message in parts.
 
     Args:
-        hollow: A Query or a Result whose tensors have `streamed_bytes`.
+        hollow: A Query, Result or JobSpec whose tensors have `streamed_bytes`.
         payloads: The bytes of those that have any, each in one row, in the order of
             the message's fields.
 
     Yields:
-        EvaluateStreamRequests or EvaluateStreamResponses, serialized. Where all
-        tensors together fit into one piece, the head has them.
+        The parts, serialized. Where all tensors together fit into one piece, the head
+        has them.
     """
     if sum(len(payload) for payload in payloads) <= PIECE_BYTES:
         whole = Frame(hollow).filled(payloads)
@@ -56,7 +57,13 @@ def parts(hollow: Message, payloads: Sequence[Array]) -> Iterator[bytes]:
             yield b"".join([framing.bytes_field(_PIECE, size), before, data.data])
 
 
-P = TypeVar("P", pb.EvaluateStreamRequest, pb.EvaluateStreamResponse)
+P = TypeVar(
+    "P",
+    pb.EvaluateStreamRequest,
+    pb.EvaluateStreamResponse,
+    jobs_pb.CreateJobRequest,
+    jobs_pb.ReadJobResultResponse,
+)
 
 
 def read_head(
@@ -66,7 +73,7 @@ def read_head(
 
     Args:
         raw: The part, from anywhere.
-        kind: EvaluateStreamRequest or EvaluateStreamResponse.
+        kind: Of what type it is.
         most_fields: As for `framing.cut`.
 
     Returns:
