@@ -4,6 +4,7 @@ The client needs numpy, grpcio and protobuf, and nothing else.
 """
 
 from jacserve.async_client import AsyncClient
+from jacserve.async_jobs import AsyncJob
 from jacserve.checking import Check
 from jacserve.client import Client
 from jacserve.errors import (
@@ -37,6 +38,7 @@ from jacserve.vocabulary import JobState, Layout, Mode, ModeOption, Quantity
 __all__ = [
     "ArgumentInfo",
     "AsyncClient",
+    "AsyncJob",
     "CancelledError",
     "CapacityError",
     "Check",

@@ -436,7 +436,7 @@ class Client(Evaluator):
         Returns:
             What the server says of each.
         """
-        return list(self._jobs.list(states, timeout_s))
+        return self._jobs.list(states, timeout_s)
 
     def _send(
         self, timeout_s: float | None, step: Step, calls: "_Calls | None" = None

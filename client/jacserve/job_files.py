@@ -71,7 +71,7 @@ def rows_at_once(sample: Result, chunk_size: int | None) -> int:
 class ResultFile:
     """A file of the results of many points, to be written in a with block.
 
-    It is there at the end of the block, whole; and not at all if the block raised.
+    Once it is finished it is there, whole; before, and if the block raises, it is not.
     """
 
     def __init__(self, path: Path, point_count: int, sample: Result) -> None:
@@ -150,26 +150,31 @@ class ResultFile:
             self._rows.write(rows)
         self._written_count += len(next(iter(rows.values())))
 
+    def finish(self) -> None:
+        """Moves the file to its place, whole.
+
+        Raises:
+            ArrayTextError: Points are missing, or it can't be written.
+        """
+        if self._written_count != self._point_count:
+            raise ArrayTextError(
+                f"{self._path} can't be written: {self._written_count:,} points came "
+                f"of {self._point_count:,}."
+            )
+        with _said(self._path):
+            self._rows.close()
+            if isinstance(self._rows, _ArrayFiles):
+                self._rows.join(self._whole, self._path.suffix, self._shared)
+            self._whole.replace(self._path)
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Moves the file to its place, unless the block raised."""
-        with self._stack:
-            if kind is not None:
-                return
-            if self._written_count != self._point_count:
-                raise ArrayTextError(
-                    f"{self._path} can't be written: {self._written_count:,} points "
-                    f"came of {self._point_count:,}."
-                )
-            with _said(self._path):
-                self._rows.close()
-                if isinstance(self._rows, _ArrayFiles):
-                    self._rows.join(self._whole, self._path.suffix, self._shared)
-                self._whole.replace(self._path)
+        """Removes what is not finished."""
+        self._stack.close()
 
 
 # The dtype of an array, and the shape at one point.

@@ -112,6 +112,11 @@ class JobInfo:
         """Whether it has succeeded, failed or been cancelled."""
         return self.state not in {"queued", "running"}
 
+    @property
+    def headline(self) -> str:
+        """What matters most, in a few words."""
+        return f"{self.id} {self.function} {self.state} {self.progress.fraction:.0%}"
+
     def raise_unless_succeeded(self) -> None:
         """Raises why there is no whole result of a job that has ended.
 

@@ -1,6 +1,7 @@
 """What watching and reading a job comes to, whoever waits: shared by both clients."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
@@ -12,7 +13,11 @@ from jacserve.patience import Patience
 from jacserve.results import Result, decode_opened
 from jacserve.sparse import SparseLayout
 from jacserve.v1 import jobs_pb2 as jobs_pb
+from jacserve.vocabulary import Quantity
 
+Quantities = Quantity | Sequence[Quantity] | None
+
+# For how long a server may be away, as when it is started anew.
 PATIENCE_S = 60.0
 
 # A stream is opened anew after this, lest a connection that has died without a word is
@@ -39,7 +44,7 @@ class Chunk:
         return f"<Chunk {self.start}:{self.stop} {self.result!r}>"
 
 
-def next_range(start: int, info: JobInfo) -> int | None:
+def next_stop(start: int, info: JobInfo) -> int | None:
     """Returns where the chunk that starts at a point stops; None while it is not ready.
 
     Args:

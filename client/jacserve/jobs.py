@@ -4,6 +4,7 @@ A job lives on the server: whoever watches or reads it goes on where he was afte
 side has been away.
 """
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -16,7 +17,7 @@ import grpc
 from jacserve import job_files
 from jacserve.channels import CREATE_JOB, READ_JOB_RESULT
 from jacserve.errors import JacobianError, UnavailableError, translated
-from jacserve.evaluation import Receiver
+from jacserve.evaluation import Received, Receiver
 from jacserve.job_files import ResultFile
 from jacserve.job_messages import (
     JobInfo,
@@ -26,17 +27,21 @@ from jacserve.job_messages import (
     encode_list_request,
     encode_read_request,
 )
-from jacserve.job_reading import PATIENCE_S, Chunk, News, decode_rows, next_range
+from jacserve.job_reading import (
+    PATIENCE_S,
+    Chunk,
+    News,
+    Quantities,
+    decode_rows,
+    next_stop,
+)
 from jacserve.patience import RESEND_AFTER_S, Patience
 from jacserve.queries import sparse_layout_of, timeout_of
 from jacserve.results import Result
 from jacserve.sparse import SparseLayout
 from jacserve.v1 import jobs_pb2 as jobs_pb, jobs_pb2_grpc as jobs_pb_grpc
-from jacserve.vocabulary import Quantity
 
 T = TypeVar("T")
-
-Quantities = Quantity | Sequence[Quantity] | None
 
 
 class JobCalls:
@@ -74,50 +79,40 @@ class JobCalls:
             The job.
         """
         timeout_s = timeout_of(timeout_s, self._timeout_s)
-        for pause_s in (*RESEND_AFTER_S, None):
+        for pause_s in RESEND_AFTER_S:
             try:
-                with translated(self.target):
-                    return Job(
-                        self, self._create(request.to_parts(), timeout=timeout_s)
-                    )
+                return self._submit_once(request, timeout_s)
             except UnavailableError:
-                if pause_s is None:
-                    raise
                 time.sleep(pause_s)
-        raise AssertionError("the last attempt returns or raises")
+        return self._submit_once(request, timeout_s)
+
+    def _submit_once(self, request: JobRequest, timeout_s: float | None) -> "Job":
+        with translated(self.target):
+            message = self._create(request.to_parts(), timeout=timeout_s)
+        return Job(self, message)
 
     def find(self, id: str, timeout_s: float | None) -> "Job":
         """Looks a job up by its id."""
-        return Job(
-            self, self.ask(self.stub.GetJob, jobs_pb.GetJobRequest, id, timeout_s)
-        )
+        request = jobs_pb.GetJobRequest(name=id)
+        return Job(self, self.ask(self.stub.GetJob, request, timeout_s))
 
     def list(
         self, states: str | Sequence[str], timeout_s: float | None
-    ) -> Iterator[JobInfo]:
+    ) -> list[JobInfo]:
         """Lists jobs, page by page; see `Client.jobs`."""
         request = encode_list_request(states)
+        found: list[JobInfo] = []
         while True:
-            with translated(self.target):
-                page = self.stub.ListJobs(
-                    request, timeout=timeout_of(timeout_s, self._timeout_s)
-                )
-            for message in page.jobs:
-                yield decode_job(message, self.target)
+            page = self.ask(self.stub.ListJobs, request, timeout_s)
+            found += [decode_job(message, self.target) for message in page.jobs]
             if not page.next_page_token:
-                return
+                return found
             request.page_token = page.next_page_token
 
-    def ask(
-        self,
-        call: Callable[..., T],
-        kind: Callable[..., Any],
-        id: str,
-        timeout_s: float | None,
-    ) -> T:
-        """Makes a call that is about one job."""
+    def ask(self, call: Callable[..., T], request: Any, timeout_s: float | None) -> T:
+        """Makes a call that one message answers."""
         with translated(self.target):
-            return call(kind(name=id), timeout=timeout_of(timeout_s, self._timeout_s))
+            return call(request, timeout=timeout_of(timeout_s, self._timeout_s))
 
     def watch(self, id: str, timeout_s: float) -> Generator[jobs_pb.Job]:
         """Yields a job as it is now, and whenever it has got further."""
@@ -132,7 +127,7 @@ class JobCalls:
 
     def read(
         self, request: jobs_pb.ReadJobResultRequest, timeout_s: float | None
-    ) -> Receiver:
+    ) -> Received:
         """Reads results of a range of points."""
         receiver = Receiver(jobs_pb.ReadJobResultResponse)
         with translated(self.target):
@@ -142,7 +137,7 @@ class JobCalls:
                     receiver.feed(raw)
             finally:
                 call.cancel()  # It has ended, unless something was raised.
-        return receiver
+        return receiver.received()
 
 
 class Job:
@@ -183,7 +178,8 @@ class Job:
         Returns:
             What it computes, its state, and how far it is.
         """
-        return self._ask(self._calls.stub.GetJob, jobs_pb.GetJobRequest, timeout_s)
+        request = jobs_pb.GetJobRequest(name=self.id)
+        return self._ask(self._calls.stub.GetJob, request, timeout_s)
 
     def progress(self, *, timeout_s: float | None = None) -> JobProgress:
         """Asks how far the job is.
@@ -253,7 +249,7 @@ class Job:
         stop = None if timeout_s is None else time.monotonic() + timeout_s
         self.wait(timeout_s).raise_unless_succeeded()
         # A timeout of the client's is for calls that take as long as a call does.
-        left_s = float("inf") if stop is None else max(0.0, stop - time.monotonic())
+        left_s = math.inf if stop is None else max(0.0, stop - time.monotonic())
         return self._patiently(partial(self._read, 0, None, timeout_s=left_s))
 
     def read(
@@ -301,7 +297,7 @@ class Job:
             CancelledError: It was cancelled; likewise.
         """
         for info in self._news(PATIENCE_S, None):
-            while stop := next_range(start, info):
+            while stop := next_stop(start, info):
                 read = partial(self._read, start, stop - start, quantities)
                 yield Chunk(start, stop, self._patiently(read))
                 start = stop
@@ -357,6 +353,7 @@ class Job:
                 file.write(read(start, stop))
                 if on_progress is not None:
                     on_progress(stop, total)
+            file.finish()
 
     def cancel(self, *, timeout_s: float | None = None) -> JobInfo:
         """Stops the job, after the points that are being computed.
@@ -369,9 +366,8 @@ class Job:
         Returns:
             The job as it is then.
         """
-        return self._ask(
-            self._calls.stub.CancelJob, jobs_pb.CancelJobRequest, timeout_s
-        )
+        request = jobs_pb.CancelJobRequest(name=self.id)
+        return self._ask(self._calls.stub.CancelJob, request, timeout_s)
 
     def delete(self, *, timeout_s: float | None = None) -> None:
         """Stops the job and deletes it, with its points and its results.
@@ -379,23 +375,17 @@ class Job:
         Args:
             timeout_s: Seconds for the call.
         """
-        call = self._calls.stub.DeleteJob
-        self._calls.ask(call, jobs_pb.DeleteJobRequest, self.id, timeout_s)
+        request = jobs_pb.DeleteJobRequest(name=self.id)
+        self._calls.ask(self._calls.stub.DeleteJob, request, timeout_s)
 
     def __repr__(self) -> str:
         """Shows what was last heard of it."""
-        last = self._last
-        return (
-            f"<Job {last.id} {last.function} {last.state} {last.progress.fraction:.0%}>"
-        )
+        return f"<Job {self._last.headline}>"
 
     def _ask(
-        self,
-        call: Callable[..., jobs_pb.Job],
-        kind: Callable[..., Any],
-        timeout_s: float | None,
+        self, call: Callable[..., jobs_pb.Job], request: Any, timeout_s: float | None
     ) -> JobInfo:
-        message = self._calls.ask(call, kind, self.id, timeout_s)
+        message = self._calls.ask(call, request, timeout_s)
         self._last = decode_job(message, self._calls.target)
         return self._last
 
@@ -427,7 +417,7 @@ class Job:
         keep_dense: bool = False,
     ) -> Result:
         request = encode_read_request(self.id, start, count, quantities)
-        received = self._calls.read(request, timeout_s).received()
+        received = self._calls.read(request, timeout_s)
         return decode_rows(received, self._layout, keep_dense=keep_dense)
 
     def _patiently(self, read: Callable[[], Result]) -> Result:

@@ -51,6 +51,14 @@ class Source:
     path: str
     array: str = ""
 
+    def __array__(self, *_: Any, **__: Any) -> Array:
+        """Refuses: its numbers are on the server.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError("a Source is read by the server, for a job. Use submit_job")
+
 
 JobArray = npt.ArrayLike | Source | Path
 JobInputs = JobArray | tuple[JobArray, ...] | Mapping[str, JobArray]
