@@ -42,7 +42,7 @@ from jacserve.patience import RESEND_AFTER_S, Patience
 from jacserve.queries import sparse_layout_of, timeout_of
 from jacserve.results import Result
 from jacserve.sparse import SparseLayout
-from jacserve.v1 import jobs_pb2 as jobs_pb, jobs_pb2_grpc as jobs_pb_grpc
+from jacserve.v1 import jobs_pb2, jobs_pb2_grpc
 
 T = TypeVar("T")
 
@@ -56,13 +56,13 @@ class AsyncJobCalls:
         """Prepares them."""
         self.target = target
         self._timeout_s = timeout_s
-        self.stub = jobs_pb_grpc.JobServiceStub(channel)
+        self.stub = jobs_pb2_grpc.JobServiceStub(channel)
         # Messages with tensors are read and written by jacserve itself.
         self._create: Any = channel.stream_unary(
-            CREATE_JOB, None, jobs_pb.Job.FromString
+            CREATE_JOB, None, jobs_pb2.Job.FromString
         )
         self._read: Any = channel.unary_stream(
-            READ_JOB_RESULT, jobs_pb.ReadJobResultRequest.SerializeToString
+            READ_JOB_RESULT, jobs_pb2.ReadJobResultRequest.SerializeToString
         )
 
     async def submit(self, request: JobRequest, timeout_s: float | None) -> "AsyncJob":
@@ -84,7 +84,7 @@ class AsyncJobCalls:
 
     async def find(self, id: str, timeout_s: float | None) -> "AsyncJob":
         """Looks a job up by its id."""
-        request = jobs_pb.GetJobRequest(name=id)
+        request = jobs_pb2.GetJobRequest(name=id)
         return AsyncJob(self, await self.ask(self.stub.GetJob, request, timeout_s))
 
     async def list(
@@ -107,10 +107,10 @@ class AsyncJobCalls:
         with translated(self.target):
             return await call(request, timeout=timeout_of(timeout_s, self._timeout_s))
 
-    async def watch(self, id: str, timeout_s: float) -> AsyncGenerator[jobs_pb.Job]:
+    async def watch(self, id: str, timeout_s: float) -> AsyncGenerator[jobs_pb2.Job]:
         """Yields a job as it is now, and whenever it has got further."""
         with translated(self.target):
-            request = jobs_pb.WatchJobRequest(name=id)
+            request = jobs_pb2.WatchJobRequest(name=id)
             call: Any = self.stub.WatchJob(request, timeout=timeout_s)
             try:
                 async for news in call:
@@ -119,10 +119,10 @@ class AsyncJobCalls:
                 call.cancel()  # It has ended, unless nobody listens any more.
 
     async def read(
-        self, request: jobs_pb.ReadJobResultRequest, timeout_s: float | None
+        self, request: jobs_pb2.ReadJobResultRequest, timeout_s: float | None
     ) -> Received:
         """Reads results of a range of points."""
-        receiver = Receiver(jobs_pb.ReadJobResultResponse)
+        receiver = Receiver(jobs_pb2.ReadJobResultResponse)
         with translated(self.target):
             call = self._read(request, timeout=timeout_of(timeout_s, self._timeout_s))
             try:
@@ -143,7 +143,7 @@ class AsyncJob:
     ```
     """
 
-    def __init__(self, calls: AsyncJobCalls, message: jobs_pb.Job) -> None:
+    def __init__(self, calls: AsyncJobCalls, message: jobs_pb2.Job) -> None:
         """Takes a job that a server has returned."""
         self._calls = calls
         self._last = decode_job(message, calls.target)
@@ -156,7 +156,7 @@ class AsyncJob:
 
     async def info(self, *, timeout_s: float | None = None) -> JobInfo:
         """Asks how the job is; see `Job.info`."""
-        request = jobs_pb.GetJobRequest(name=self.id)
+        request = jobs_pb2.GetJobRequest(name=self.id)
         return await self._ask(self._calls.stub.GetJob, request, timeout_s)
 
     async def progress(self, *, timeout_s: float | None = None) -> JobProgress:
@@ -249,12 +249,12 @@ class AsyncJob:
 
     async def cancel(self, *, timeout_s: float | None = None) -> JobInfo:
         """Stops the job; see `Job.cancel`."""
-        request = jobs_pb.CancelJobRequest(name=self.id)
+        request = jobs_pb2.CancelJobRequest(name=self.id)
         return await self._ask(self._calls.stub.CancelJob, request, timeout_s)
 
     async def delete(self, *, timeout_s: float | None = None) -> None:
         """Stops the job and deletes it; see `Job.delete`."""
-        request = jobs_pb.DeleteJobRequest(name=self.id)
+        request = jobs_pb2.DeleteJobRequest(name=self.id)
         await self._calls.ask(self._calls.stub.DeleteJob, request, timeout_s)
 
     def __repr__(self) -> str:
@@ -263,7 +263,7 @@ class AsyncJob:
 
     async def _ask(
         self,
-        call: Callable[..., Awaitable[jobs_pb.Job]],
+        call: Callable[..., Awaitable[jobs_pb2.Job]],
         request: Any,
         timeout_s: float | None,
     ) -> JobInfo:

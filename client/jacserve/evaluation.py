@@ -15,7 +15,7 @@ from jacserve.results import Result, ResultDecoder, decode_opened
 from jacserve.sparse import Pattern, PatternCache
 from jacserve.streaming import Assembly, StreamError, read_head
 from jacserve.tensors import spec_of
-from jacserve.v1 import jacobian_pb2 as pb, jobs_pb2 as jobs_pb
+from jacserve.v1 import jacobian_pb2 as pb, jobs_pb2
 
 
 class Step(NamedTuple):
@@ -155,7 +155,7 @@ class Receiver:
     def __init__(
         self,
         kind: type[
-            pb.EvaluateStreamResponse | jobs_pb.ReadJobResultResponse
+            pb.EvaluateStreamResponse | jobs_pb2.ReadJobResultResponse
         ] = pb.EvaluateStreamResponse,
     ) -> None:
         """Has none yet.

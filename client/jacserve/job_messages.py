@@ -20,7 +20,7 @@ from jacserve.errors import (
 from jacserve.queries import JobInputs, JobOptions, encode_job_query, number_of
 from jacserve.streaming import parts
 from jacserve.tensors import Array
-from jacserve.v1 import jobs_pb2 as jobs_pb
+from jacserve.v1 import jobs_pb2
 from jacserve.vocabulary import JOB_STATES, QUANTITIES, JobState, Quantity, word
 
 OnError = Literal["record", "fail"]
@@ -139,7 +139,7 @@ class JobInfo:
             )
 
 
-def decode_job(message: jobs_pb.Job, target: str) -> JobInfo:
+def decode_job(message: jobs_pb2.Job, target: str) -> JobInfo:
     """Decodes a job.
 
     Args:
@@ -196,7 +196,7 @@ class JobRequest:
         arrays: Those of its arrays that have any bytes.
     """
 
-    spec: jobs_pb.JobSpec
+    spec: jobs_pb2.JobSpec
     arrays: Sequence[Array]
 
     def to_parts(self) -> Iterator[bytes]:
@@ -250,7 +250,7 @@ def encode_job(
     query, arrays = encode_job_query(
         function, inputs, quantities, options, require_finite=on_error == "fail"
     )
-    spec = jobs_pb.JobSpec(
+    spec = jobs_pb2.JobSpec(
         job_id=uuid.uuid4().hex if id is None else id,
         query=query,
         batch_size=batch_size or 0,
@@ -270,7 +270,7 @@ def _refused(message: str, field: str) -> InvalidRequestError:
     )
 
 
-def encode_list_request(states: str | Sequence[str]) -> jobs_pb.ListJobsRequest:
+def encode_list_request(states: str | Sequence[str]) -> jobs_pb2.ListJobsRequest:
     """Makes what asks for the first page of jobs.
 
     Args:
@@ -283,7 +283,7 @@ def encode_list_request(states: str | Sequence[str]) -> jobs_pb.ListJobsRequest:
         InvalidRequestError: There is no such state.
     """
     words = [states] if isinstance(states, str) else states
-    return jobs_pb.ListJobsRequest(
+    return jobs_pb2.ListJobsRequest(
         states=[number_of(JOB_STATES, "states", word) for word in words]
     )
 
@@ -293,7 +293,7 @@ def encode_read_request(
     start: int,
     count: int | None,
     quantities: Quantity | Sequence[Quantity] | None,
-) -> jobs_pb.ReadJobResultRequest:
+) -> jobs_pb2.ReadJobResultRequest:
     """Makes what asks for results of a range of points.
 
     Args:
@@ -315,7 +315,7 @@ def encode_read_request(
             "start" if start < 0 else "count",
         )
     words = [quantities] if isinstance(quantities, str) else quantities or ()
-    return jobs_pb.ReadJobResultRequest(
+    return jobs_pb2.ReadJobResultRequest(
         name=id,
         start=start,
         count=count or 0,

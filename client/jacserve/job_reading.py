@@ -12,7 +12,7 @@ from jacserve.job_messages import JobInfo, decode_job
 from jacserve.patience import Patience
 from jacserve.results import Result, decode_opened
 from jacserve.sparse import SparseLayout
-from jacserve.v1 import jobs_pb2 as jobs_pb
+from jacserve.v1 import jobs_pb2
 from jacserve.vocabulary import Quantity
 
 Quantities = Quantity | Sequence[Quantity] | None
@@ -106,7 +106,7 @@ class News:
         self._patience = Patience(patience_s)
         self._timeout_s = timeout_s
         self._stop = None if timeout_s is None else time.monotonic() + timeout_s
-        self._message: jobs_pb.Job | None = None
+        self._message: jobs_pb2.Job | None = None
         self._is_heard = False
 
     def remaining_s(self) -> float | None:
@@ -123,7 +123,7 @@ class News:
         remaining_s = self.remaining_s()
         return _STREAM_S if remaining_s is None else min(_STREAM_S, remaining_s)
 
-    def hears(self, message: jobs_pb.Job) -> JobInfo | None:
+    def hears(self, message: jobs_pb2.Job) -> JobInfo | None:
         """Takes the next message.
 
         Args:

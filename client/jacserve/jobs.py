@@ -39,7 +39,7 @@ from jacserve.patience import RESEND_AFTER_S, Patience
 from jacserve.queries import sparse_layout_of, timeout_of
 from jacserve.results import Result
 from jacserve.sparse import SparseLayout
-from jacserve.v1 import jobs_pb2 as jobs_pb, jobs_pb2_grpc as jobs_pb_grpc
+from jacserve.v1 import jobs_pb2, jobs_pb2_grpc
 
 T = TypeVar("T")
 
@@ -59,13 +59,13 @@ class JobCalls:
         """
         self.target = target
         self._timeout_s = timeout_s
-        self.stub = jobs_pb_grpc.JobServiceStub(channel)
+        self.stub = jobs_pb2_grpc.JobServiceStub(channel)
         # Messages with tensors are read and written by jacserve itself.
         self._create: Any = channel.stream_unary(
-            CREATE_JOB, None, jobs_pb.Job.FromString
+            CREATE_JOB, None, jobs_pb2.Job.FromString
         )
         self._read: Any = channel.unary_stream(
-            READ_JOB_RESULT, jobs_pb.ReadJobResultRequest.SerializeToString
+            READ_JOB_RESULT, jobs_pb2.ReadJobResultRequest.SerializeToString
         )
 
     def submit(self, request: JobRequest, timeout_s: float | None) -> "Job":
@@ -93,7 +93,7 @@ class JobCalls:
 
     def find(self, id: str, timeout_s: float | None) -> "Job":
         """Looks a job up by its id."""
-        request = jobs_pb.GetJobRequest(name=id)
+        request = jobs_pb2.GetJobRequest(name=id)
         return Job(self, self.ask(self.stub.GetJob, request, timeout_s))
 
     def list(
@@ -114,10 +114,10 @@ class JobCalls:
         with translated(self.target):
             return call(request, timeout=timeout_of(timeout_s, self._timeout_s))
 
-    def watch(self, id: str, timeout_s: float) -> Generator[jobs_pb.Job]:
+    def watch(self, id: str, timeout_s: float) -> Generator[jobs_pb2.Job]:
         """Yields a job as it is now, and whenever it has got further."""
         with translated(self.target):
-            request = jobs_pb.WatchJobRequest(name=id)
+            request = jobs_pb2.WatchJobRequest(name=id)
             call: Any = self.stub.WatchJob(request, timeout=timeout_s)
             try:
                 for news in call:
@@ -126,10 +126,10 @@ class JobCalls:
                 call.cancel()  # It has ended, unless nobody listens any more.
 
     def read(
-        self, request: jobs_pb.ReadJobResultRequest, timeout_s: float | None
+        self, request: jobs_pb2.ReadJobResultRequest, timeout_s: float | None
     ) -> Received:
         """Reads results of a range of points."""
-        receiver = Receiver(jobs_pb.ReadJobResultResponse)
+        receiver = Receiver(jobs_pb2.ReadJobResultResponse)
         with translated(self.target):
             call = self._read(request, timeout=timeout_of(timeout_s, self._timeout_s))
             try:
@@ -153,7 +153,7 @@ class Job:
     as `Client` does: NotFoundError where the job has been deleted.
     """
 
-    def __init__(self, calls: JobCalls, message: jobs_pb.Job) -> None:
+    def __init__(self, calls: JobCalls, message: jobs_pb2.Job) -> None:
         """Takes a job that a server has returned.
 
         Args:
@@ -178,7 +178,7 @@ class Job:
         Returns:
             What it computes, its state, and how far it is.
         """
-        request = jobs_pb.GetJobRequest(name=self.id)
+        request = jobs_pb2.GetJobRequest(name=self.id)
         return self._ask(self._calls.stub.GetJob, request, timeout_s)
 
     def progress(self, *, timeout_s: float | None = None) -> JobProgress:
@@ -366,7 +366,7 @@ class Job:
         Returns:
             The job as it is then.
         """
-        request = jobs_pb.CancelJobRequest(name=self.id)
+        request = jobs_pb2.CancelJobRequest(name=self.id)
         return self._ask(self._calls.stub.CancelJob, request, timeout_s)
 
     def delete(self, *, timeout_s: float | None = None) -> None:
@@ -375,7 +375,7 @@ class Job:
         Args:
             timeout_s: Seconds for the call.
         """
-        request = jobs_pb.DeleteJobRequest(name=self.id)
+        request = jobs_pb2.DeleteJobRequest(name=self.id)
         self._calls.ask(self._calls.stub.DeleteJob, request, timeout_s)
 
     def __repr__(self) -> str:
@@ -383,7 +383,7 @@ class Job:
         return f"<Job {self._last.headline}>"
 
     def _ask(
-        self, call: Callable[..., jobs_pb.Job], request: Any, timeout_s: float | None
+        self, call: Callable[..., jobs_pb2.Job], request: Any, timeout_s: float | None
     ) -> JobInfo:
         message = self._calls.ask(call, request, timeout_s)
         self._last = decode_job(message, self._calls.target)

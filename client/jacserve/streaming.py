@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError, Message
 from jacserve import framing
 from jacserve.framing import PIECE_BYTES, Frame, Hole
 from jacserve.tensors import Array
-from jacserve.v1 import jacobian_pb2 as pb, jobs_pb2 as jobs_pb
+from jacserve.v1 import jacobian_pb2 as pb, jobs_pb2
 
 _HEAD = pb.EvaluateStreamResponse.HEAD_FIELD_NUMBER
 _PIECE = pb.EvaluateStreamResponse.PIECE_FIELD_NUMBER
@@ -46,23 +46,42 @@ def parts(hollow: Message, payloads: Sequence[Array]) -> Iterator[bytes]:
         whole = Frame(hollow).filled(payloads)
         yield framing.bytes_field(_HEAD, len(whole)) + whole
         return
-    head = hollow.SerializeToString()
-    yield framing.bytes_field(_HEAD, len(head)) + head
+    yield head_part(hollow)
     for place, payload in enumerate(payloads):
-        for offset in range(0, len(payload), PIECE_BYTES):
-            data = payload[offset : offset + PIECE_BYTES]
-            before = pb.Piece(tensor=place, offset=offset).SerializeToString()
-            before += framing.bytes_field(pb.Piece.DATA_FIELD_NUMBER, len(data))
-            size = len(before) + len(data)
-            yield b"".join([framing.bytes_field(_PIECE, size), before, data.data])
+        yield from pieces(place, 0, payload)
+
+
+def head_part(hollow: Message) -> bytes:
+    """Returns the first part of a message whose tensors all come in pieces."""
+    head = hollow.SerializeToString()
+    return framing.bytes_field(_HEAD, len(head)) + head
+
+
+def pieces(tensor: int, start: int, payload: Array) -> Iterator[bytes]:
+    """Yields some bytes of a tensor.
+
+    Args:
+        tensor: Which of the tensors with `streamed_bytes`, from 0.
+        start: How many of its bytes came before.
+        payload: The bytes, in one row.
+
+    Yields:
+        Parts, serialized.
+    """
+    for offset in range(0, len(payload), PIECE_BYTES):
+        data = payload[offset : offset + PIECE_BYTES]
+        before = pb.Piece(tensor=tensor, offset=start + offset).SerializeToString()
+        before += framing.bytes_field(pb.Piece.DATA_FIELD_NUMBER, len(data))
+        size = len(before) + len(data)
+        yield b"".join([framing.bytes_field(_PIECE, size), before, data.data])
 
 
 P = TypeVar(
     "P",
     pb.EvaluateStreamRequest,
     pb.EvaluateStreamResponse,
-    jobs_pb.CreateJobRequest,
-    jobs_pb.ReadJobResultResponse,
+    jobs_pb2.CreateJobRequest,
+    jobs_pb2.ReadJobResultResponse,
 )
 
 
@@ -89,6 +108,61 @@ def read_head(
     return part, holes
 
 
+class Pieces:
+    """Checks that the pieces of tensors follow each other as they must."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        """Waits for the first.
+
+        Args:
+            sizes: The bytes of each tensor that comes in pieces, at least one.
+        """
+        self._sizes = sizes
+        self._tensor = self._offset = 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all bytes have come."""
+        return self._tensor == len(self._sizes)
+
+    def take(self, raw: bytes) -> tuple[int, int, memoryview]:
+        """Takes the next part.
+
+        Args:
+            raw: The part, from anywhere.
+
+        Returns:
+            The place of its tensor, how many bytes came before, and the bytes.
+
+        Raises:
+            StreamError: It is not the piece that comes next.
+        """
+        tensor, offset, start, stop = _read_piece(raw)
+        size = stop - start
+        if self.is_complete:
+            raise StreamError(
+                "there is a part after the last piece. Send as many bytes as the "
+                "head's streamed_bytes say."
+            )
+        if (tensor, offset) != (self._tensor, self._offset):
+            raise StreamError(
+                f"the piece is byte {offset} of tensor {tensor}, but byte "
+                f"{self._offset} of tensor {self._tensor} comes next. Send each piece "
+                "once, in order."
+            )
+        left = self._sizes[tensor] - offset
+        if not 0 < size <= min(PIECE_BYTES, left):
+            raise StreamError(
+                f"the piece has {size} bytes, and {left} are left of tensor {tensor}. "
+                f"Send at least 1 and at most {PIECE_BYTES} at once, and no more than "
+                "are left."
+            )
+        self._offset += size
+        if size == left:
+            self._tensor, self._offset = tensor + 1, 0
+        return tensor, offset, memoryview(raw)[start:stop]
+
+
 class Assembly:
     """The bytes of a head's tensors, as pieces bring them."""
 
@@ -108,12 +182,12 @@ class Assembly:
                 self.payloads.append(self._awaited[-1])
             else:
                 self.payloads.append(view[hole.start : hole.start + hole.size])
-        self._tensor = self._offset = 0
+        self._pieces = Pieces([len(buffer) for buffer in self._awaited])
 
     @property
     def is_complete(self) -> bool:
         """Whether all bytes are there."""
-        return self._tensor == len(self._awaited)
+        return self._pieces.is_complete
 
     def feed(self, raw: bytes) -> None:
         """Takes the next part.
@@ -124,30 +198,8 @@ class Assembly:
         Raises:
             StreamError: It is not the piece that comes next.
         """
-        tensor, offset, start, stop = _read_piece(raw)
-        size = stop - start
-        if self.is_complete:
-            raise StreamError(
-                "there is a part after the last piece. Send as many bytes as the "
-                "head's streamed_bytes say."
-            )
-        if (tensor, offset) != (self._tensor, self._offset):
-            raise StreamError(
-                f"the piece is byte {offset} of tensor {tensor}, but byte "
-                f"{self._offset} of tensor {self._tensor} comes next. Send each piece "
-                "once, in order."
-            )
-        buffer = self._awaited[tensor]
-        if not 0 < size <= min(PIECE_BYTES, len(buffer) - offset):
-            raise StreamError(
-                f"the piece has {size} bytes, and {len(buffer) - offset} are left of "
-                f"tensor {tensor}. Send at least 1 and at most {PIECE_BYTES} at once, "
-                "and no more than are left."
-            )
-        buffer[offset : offset + size] = memoryview(raw)[start:stop]
-        self._offset += size
-        if self._offset == len(buffer):
-            self._tensor, self._offset = tensor + 1, 0
+        tensor, offset, data = self._pieces.take(raw)
+        self._awaited[tensor][offset : offset + len(data)] = data
 
 
 def _read_piece(raw: bytes) -> tuple[int, int, int, int]:

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
-from jacserve.v1 import jacobian_pb2 as pb, jobs_pb2 as jobs_pb
+from jacserve.v1 import jacobian_pb2 as pb, jobs_pb2
 
 Quantity = Literal[
     "value",
@@ -52,7 +52,7 @@ MODE_OPTIONS: Mapping[str, pb.Mode] = MappingProxyType(
 )
 LAYOUTS: Mapping[str, pb.Layout] = _words(pb.Layout, "LAYOUT_")
 DTYPES: Mapping[str, pb.DType] = _words(pb.DType, "DTYPE_")
-JOB_STATES: Mapping[str, jobs_pb.JobState] = _words(jobs_pb.JobState, "JOB_STATE_")
+JOB_STATES: Mapping[str, jobs_pb2.JobState] = _words(jobs_pb2.JobState, "JOB_STATE_")
 
 
 _TABLES: tuple[Mapping[str, int], ...] = (

@@ -59,6 +59,18 @@ class Config(BaseSettings):
         cache_dir: Folder for what outlives the process: compiled programs, measured
             strategies.
         max_cache_bytes: Compiled programs kept in it; 0 keeps none.
+        storage_roots: What jobs may read: names, each of a folder or of a URL that
+            fsspec opens.
+        result_roots: Where jobs may write, if their clients say so; likewise.
+        jobs_dir: Folder for jobs: uploaded points, results that have no other place,
+            and the table of jobs. Servers that share it share its jobs.
+        jobs_database: The table of jobs, in PostgreSQL by URL; None for SQLite, in
+            jobs_dir.
+        max_jobs: Jobs that are queued or running; more are refused.
+        max_running_jobs: Jobs that are computed at once, in turn.
+        max_finished_jobs: Jobs kept that have ended; the oldest goes first.
+        max_upload_bytes: The most that the arrays of one job may take.
+        job_ttl_s: Seconds for which a job is kept after it has ended.
         grace_s: Seconds that running calls get to finish at shutdown.
         log_level: How much is logged: "debug", "info", "warning" or "error".
     """
@@ -86,6 +98,17 @@ class Config(BaseSettings):
         default_factory=lambda: platformdirs.user_cache_path("jacserve") / "1"
     )
     max_cache_bytes: int = Field(default=2**30, ge=0)
+    storage_roots: dict[str, str] = Field(default_factory=dict)
+    result_roots: dict[str, str] = Field(default_factory=dict)
+    jobs_dir: Path = Field(
+        default_factory=lambda: platformdirs.user_data_path("jacserve") / "jobs"
+    )
+    jobs_database: str | None = Field(default=None, repr=False)
+    max_jobs: int = Field(default=1000, ge=1)
+    max_running_jobs: int = Field(default=4, ge=1)
+    max_finished_jobs: int = Field(default=1000, ge=0)
+    max_upload_bytes: int = Field(default=2**36, ge=2**10)
+    job_ttl_s: float = Field(default=7 * 86400.0, ge=0)
     grace_s: float = Field(default=30.0, ge=0)
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
 

@@ -23,6 +23,7 @@ from jacserve_server.programs import (
     check_result_size,
     compile_program,
     device_name,
+    fingerprint,
 )
 from jacserve_server.replicas import Replicas
 from jacserve_server.single_flight import SingleFlight
@@ -219,6 +220,27 @@ class Executor:
             compile_program, function, key, decision, self._device, self._limits
         )
         return await self._programs.get(decided, partial(_contained, compiling))
+
+    async def fingerprint(self, key: ProgramKey) -> str:
+        """Identifies what a program computes, in this process and in later ones.
+
+        Args:
+            key: Which program.
+
+        Returns:
+            A hash of its code, its constants, and the way it differentiates.
+
+        Raises:
+            ServiceError: It can't be traced.
+        """
+        function = self._find(key.computation.function)
+        deciding = partial(_contained, self._decide, function, key)
+        _, decision = await self._decisions.get(key, deciding)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self._compile_threads,
+            partial(_contained, fingerprint, function, key, decision, self._device),
+        )
 
     async def sparsity(self, sought: SparsityKey) -> Sparsity:
         """Finds a sparsity pattern.

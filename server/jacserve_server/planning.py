@@ -20,7 +20,7 @@ from jacserve_server.signature import (
     Argument,
     FunctionSpec,
 )
-from jacserve_server.vectors import Variable, fit_vectors
+from jacserve_server.vectors import Convert, Variable, fit_vectors
 from jacserve_server.work import Computation, InputSpec, SparsityKey, Work
 
 # A pattern is a picture for people, so one of moderate size is the default.
@@ -82,12 +82,18 @@ class Plan:
         return Work(self.computation, ordered, self.batch, self.is_exact)
 
 
-def plan(query: Query, function: FunctionSpec) -> Work:
+def plan(
+    query: Query,
+    function: FunctionSpec,
+    *,
+    convert: Convert = converted,
+) -> Work:
     """Fits a query to the function that it names.
 
     Args:
         query: What was asked.
         function: The function.
+        convert: Converts an array to a dtype, where the query lets it be cast.
 
     Returns:
         What to compute, and on what.
@@ -95,8 +101,9 @@ def plan(query: Query, function: FunctionSpec) -> Work:
     Raises:
         ServiceError: The query does not fit.
     """
+    casting = convert if query.cast else None
     given = [
-        _with_dtype(match, query.cast, function) for match in _matched(query, function)
+        _with_dtype(match, casting, function) for match in _matched(query, function)
     ]
     batch = _bind_shapes(given, function)
     if batch is not None and function.max_batch and batch > function.max_batch:
@@ -119,7 +126,9 @@ def plan(query: Query, function: FunctionSpec) -> Work:
         for name in wrt
     ]
     has_x64 = not WIDE.isdisjoint(dtypes.values())
-    vectors = fit_vectors(query, function, variables, batch, has_x64=has_x64)
+    vectors = fit_vectors(
+        query, function, variables, batch, has_x64=has_x64, convert=casting
+    )
     computation = Computation(
         function=function.qualified_name,
         quantities=in_order(query.quantities),
@@ -264,7 +273,11 @@ def _matched(query: Query, function: FunctionSpec) -> list[_Given]:
     return [given[name] for name in arguments]
 
 
-def _with_dtype(match: _Given, cast: bool, function: FunctionSpec) -> _Given:
+def _with_dtype(
+    match: _Given,
+    convert: Convert | None,
+    function: FunctionSpec,
+) -> _Given:
     argument, dtype = match.argument, match.array.dtype.name
     if dtype in argument.dtypes:
         return match
@@ -272,9 +285,9 @@ def _with_dtype(match: _Given, cast: bool, function: FunctionSpec) -> _Given:
     remedy = "Convert it yourself, if you mean to lose what it can't hold."
     if target is not None:
         remedy = f"Convert it, or set cast to have it converted to {target}."
-    if target is not None and cast:
+    if target is not None and convert is not None:
         try:
-            array = converted(match.array, target)
+            array = convert(match.array, target)
             return _Given(argument, array, match.field)
         except ValueError as error:
             remedy = f"It can't be converted: {error}."

@@ -1,5 +1,6 @@
 """Compiled programs: traced, lowered and compiled ahead of time for one device."""
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -188,29 +189,8 @@ def _compiled(
     limits: Limits,
 ) -> _Compiled:
     computation = key.computation
-    at_point, outline = _at_point(function, computation, decision)
-    sharding = SingleDeviceSharding(device)
-    arguments = [
-        jax.ShapeDtypeStruct(
-            (key.bucket, *spec.shape)
-            if key.bucket is not None and spec.is_batched
-            else spec.shape,
-            dtype_named(spec.dtype),
-            sharding=sharding,
-        )
-        for spec in computation.arrays
-    ]
     with x64(computation.inputs):
-        try:
-            traced = jax.jit(_batched(function, key, at_point)).trace(*arguments)
-            lowered = traced.lower()
-        except ServiceError:
-            raise
-        # A function may raise anything, SystemExit included.
-        except BaseException as error:
-            wrt = wrt_of(function, computation)
-            modes = decision.strategy.modes
-            raise explained(function, key, wrt, modes, error) from error
+        traced, lowered, outline = _lowered(function, key, decision, device)
         row_bytes = _row_bytes(lowered.out_info, key)
         # The smallest batch that this bucket serves.
         check_result_size(
@@ -263,6 +243,58 @@ def _compiled(
     temporary = analysis.temp_size_in_bytes
     fixed = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
     return _Compiled(program, fixed + temporary, temporary, steady)
+
+
+def _lowered(
+    function: RegisteredFunction, key: ProgramKey, decision: Decision, device: Device
+) -> tuple[Any, Any, list[tuple[Quantity, Path]]]:
+    """Traces and lowers a program; also returns what its results are."""
+    computation = key.computation
+    at_point, outline = _at_point(function, computation, decision)
+    sharding = SingleDeviceSharding(device)
+    arguments = [
+        jax.ShapeDtypeStruct(
+            (key.bucket, *spec.shape)
+            if key.bucket is not None and spec.is_batched
+            else spec.shape,
+            dtype_named(spec.dtype),
+            sharding=sharding,
+        )
+        for spec in computation.arrays
+    ]
+    try:
+        traced = jax.jit(_batched(function, key, at_point)).trace(*arguments)
+        return traced, traced.lower(), outline
+    except ServiceError:
+        raise
+    # A function may raise anything, SystemExit included.
+    except BaseException as error:
+        wrt = wrt_of(function, computation)
+        modes = decision.strategy.modes
+        raise explained(function, key, wrt, modes, error) from error
+
+
+def fingerprint(
+    function: RegisteredFunction, key: ProgramKey, decision: Decision, device: Device
+) -> str:
+    """Identifies what a program computes, in this process and in later ones.
+
+    Args:
+        function: The function that the key names.
+        key: What to compute.
+        decision: How to differentiate.
+        device: Where it is to run.
+
+    Returns:
+        A hash of all that XLA is given: other code, other constants, another way to
+        differentiate or another version of JAX have another one.
+
+    Raises:
+        ServiceError: The function can't be traced for these shapes.
+    """
+    with x64(key.computation.inputs):
+        _, lowered, _ = _lowered(function, key, decision, device)
+    return hashlib.sha256(lowered.as_text().encode()).hexdigest()
 
 
 def _is_small(executable: Any) -> bool:

@@ -4,10 +4,12 @@ The scheduler knows neither JAX nor gRPC: it is given an executor. What waits is
 for each client, and a slot that gets free goes to the clients in turn. Points of one
 kind that wait run as one batch, where that was measured to win. Whoever is cancelled,
 by a client or by a deadline, leaves the queue before any device time is spent; a slot
-of the device is free again when its thread is, not before.
+of the device is free again when its thread is, not before. Work in the background gets
+what queries leave.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +37,9 @@ _FREE_BYTES = 2**20
 # Enough for a median, and no more than a server may spend on it while it has callers.
 _FEWEST_ROUNDS, _MOST_ROUNDS = 3, 15
 _MEASURING_S = 1.0
+# After a query there may be another, so for this long a slot is kept free of the
+# background.
+_ATTENTIVE_S = 1.0
 
 P = TypeVar("P")
 
@@ -98,6 +103,7 @@ class _Waiting(Generic[P]):
         client: Who asks.
         kind: The computation of a point that may run together with its like, else
             None.
+        queue: Where it waits.
         answer: Where the outcomes go.
         since: When it began to wait, on the monotonic clock in seconds.
         is_queued: Whether it still waits.
@@ -107,6 +113,7 @@ class _Waiting(Generic[P]):
     program: P
     client: str
     kind: Computation | None
+    queue: "FairQueue[_Waiting[P]]"
     answer: "asyncio.Future[list[Outcome]]"
     since: float
     is_queued: bool = True
@@ -140,11 +147,14 @@ class Scheduler(Generic[P]):
         """
         self.gains = Gains()
         self._executor = executor
+        self._slots = slots
         self._free_slots = [slots] * executor.places
         self._shard_rows = shard_rows if executor.places > 1 else 2**62
         executor.when_ready(self._give_slots)
         self._admission = Admission(max_queries=max_queries, max_bytes=max_bytes)
         self._queue = FairQueue[_Waiting[P]]()
+        self._background = FairQueue[_Waiting[P]]()
+        self._last_query = -math.inf
         # The same once more, of those that may run together: each kind by itself.
         self._alike: dict[Computation, FairQueue[_Waiting[P]]] = {}
         self._running: set[asyncio.Future[list[Outcome]]] = set()
@@ -161,6 +171,7 @@ class Scheduler(Generic[P]):
             A context manager. Entering it raises ServiceError if too much is in
             flight, or the server is shutting down.
         """
+        self._last_query = time.monotonic()
         return Ticket(self._admission, client, size_bytes)
 
     def now(self, work: Work, *, max_result_bytes: int | None = None) -> Outcome | None:
@@ -230,6 +241,29 @@ class Scheduler(Generic[P]):
             kind = work.computation if is_point else None
             [outcome] = await self._in_turn(program, [work], client, kind)
         return replace(outcome, compile_s=compile_s) if compile_s else outcome
+
+    async def submit_background(self, work: Work, client: str) -> Outcome:
+        """Executes work when no query needs the device.
+
+        While there are queries, it never takes the last free slot of a device.
+
+        Args:
+            work: What to run.
+            client: Whose it is; they take turns.
+
+        Returns:
+            What came of it, with the seconds it waited.
+
+        Raises:
+            ServiceError: The work can't be compiled or run.
+        """
+        start = time.monotonic()
+        key = ProgramKey(work.computation, bucket_for(work.batch))
+        program = self._executor.ready(key) or await self._executor.prepare(key)
+        compile_s = time.monotonic() - start
+        waiting = self._enter_queue(program, [work], client, None, self._background)
+        [outcome] = await self._answer(waiting)
+        return replace(outcome, compile_s=compile_s)
 
     def _check_size(self, program: P, work: Work, max_result_bytes: int | None) -> None:
         self._executor.check_size(program, work)
@@ -320,7 +354,9 @@ class Scheduler(Generic[P]):
         client: str,
         kind: Computation | None,
     ) -> list[Outcome]:
-        waiting = self._enter_queue(program, works, client, kind)
+        return await self._answer(self._enter_queue(program, works, client, kind))
+
+    async def _answer(self, waiting: _Waiting[P]) -> list[Outcome]:
         try:
             return await waiting.answer
         finally:
@@ -332,12 +368,15 @@ class Scheduler(Generic[P]):
         works: Sequence[Work],
         client: str,
         kind: Computation | None,
+        queue: FairQueue[_Waiting[P]] | None = None,
     ) -> _Waiting[P]:
         if kind is not None and not self.gains.wins(kind):
             kind = None
         answer = asyncio.get_running_loop().create_future()
-        waiting = _Waiting(works, program, client, kind, answer, time.monotonic())
-        self._queue.put(client, waiting)
+        queue = self._queue if queue is None else queue
+        since = time.monotonic()
+        waiting = _Waiting(works, program, client, kind, queue, answer, since)
+        queue.put(client, waiting)
         if kind is not None:
             self._alike.setdefault(kind, FairQueue()).put(client, waiting)
         self._give_slots()
@@ -350,7 +389,8 @@ class Scheduler(Generic[P]):
             self._check_idle()
 
     def _leave_queue(self, waiting: _Waiting[P], *, is_its_turn: bool = False) -> None:
-        leave = self._queue.take if is_its_turn else self._queue.remove
+        queue = waiting.queue
+        leave = queue.take if is_its_turn else queue.remove
         leave(waiting.client, waiting)
         waiting.is_queued = False
         if waiting.kind is not None:
@@ -361,7 +401,7 @@ class Scheduler(Generic[P]):
 
     def _give_slots(self) -> None:
         """Gives free slots to those whose turn it is."""
-        while self._queue and (found := self._next()) is not None:
+        while (found := self._next()) is not None:
             place, first = found
             program, mates = self._mates(first, place)
             self._leave_queue(first, is_its_turn=True)
@@ -377,9 +417,21 @@ class Scheduler(Generic[P]):
 
     def _next(self) -> tuple[int, _Waiting[P]] | None:
         """Returns a device with a free slot, and who is the next that it can serve."""
+        if self._queue and (found := self._next_of(self._queue, 0)) is not None:
+            return found
+        if not self._background:
+            return None
+        is_quiet = time.monotonic() - self._last_query > _ATTENTIVE_S
+        return self._next_of(self._background, int(not is_quiet and self._slots > 1))
+
+    def _next_of(
+        self, queue: FairQueue[_Waiting[P]], reserved: int
+    ) -> tuple[int, _Waiting[P]] | None:
         free = [place for place, slots in enumerate(self._free_slots) if slots]
         for place in sorted(free, key=lambda place: -self._free_slots[place]):
-            for first in self._queue.heads():
+            if self._free_slots[place] <= reserved:
+                break
+            for first in queue.heads():
                 if self._executor.on(first.program, place) is not None:
                     return place, first
         return None
@@ -430,11 +482,11 @@ class Scheduler(Generic[P]):
         for member in reversed(members):
             if not member.answer.done():
                 member.kind, member.is_queued = None, True
-                self._queue.put(member.client, member, is_first=True)
+                member.queue.put(member.client, member, is_first=True)
 
     def _check_idle(self) -> None:
         admission = self._admission
-        is_busy = admission.queries or self._queue or self._running
+        is_busy = admission.queries or self._queue or self._background or self._running
         if admission.is_closed and not is_busy:
             self._idle.set()
 

@@ -10,32 +10,27 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from jacserve.v1 import jacobian_pb2 as pb
-from jacserve_server import compile_cache
+from jacserve.v1 import jacobian_pb2 as pb, jobs_pb2
+from jacserve_server import compile_cache, job_service
 from jacserve_server.batches import bucket_for
 from jacserve_server.catalog import Catalog, RegisteredFunction
 from jacserve_server.config import Config
 from jacserve_server.errors import ServiceError
-from jacserve_server.executor import (
-    Executor,
-    default_threads,
-    find_devices,
-    memory_budget,
-)
-from jacserve_server.measurements import Measurements
-from jacserve_server.programs import Limits
+from jacserve_server.job_service import JobService
+from jacserve_server.machine import Machine, build_machine
 from jacserve_server.registration import build_catalog
 from jacserve_server.registry import Registry, WarmUp
-from jacserve_server.scheduler import Scheduler
 from jacserve_server.service import JacobianService, add_to_server
 from jacserve_server.signature import FunctionSpec
 from jacserve_server.warmup import first_work, further_work, single_point
@@ -44,7 +39,10 @@ from jacserve_server.work import Work
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
-_SERVICE = pb.DESCRIPTOR.services_by_name["JacobianService"].full_name
+_SERVICES = (
+    pb.DESCRIPTOR.services_by_name["JacobianService"].full_name,
+    jobs_pb2.DESCRIPTOR.services_by_name["JobService"].full_name,
+)
 # The largest message received; larger queries come in parts. It is gRPC's default.
 _MESSAGE_BYTES = 4 * 2**20
 
@@ -71,31 +69,10 @@ class Server:
             DeviceError: The device is not there.
         """
         self._config = config
-        devices = find_devices(config.device)
-        device, *others = devices
-        threads = config.device_threads or default_threads(devices)
-        measurements = Measurements.load(config.cache_dir)
-        self._executor = Executor(
-            catalog.find,
-            device,
-            others=others,
-            threads=threads,
-            compile_threads=config.compile_threads,
-            max_programs=config.max_programs,
-            limits=Limits(
-                result_bytes=config.max_payload_bytes,
-                program_bytes=config.max_program_bytes or memory_budget(devices),
-            ),
-            measured=partial(measurements.find, device=device.device_kind),
-        )
-        self._scheduler = Scheduler(
-            self._executor,
-            slots=threads,
-            max_queries=config.max_queries,
-            max_bytes=config.max_queued_bytes,
-            shard_rows=config.shard_rows,
-        )
+        machine = build_machine(catalog, config)
+        self._executor, self._scheduler = machine.executor, machine.scheduler
         self._warming: asyncio.Task[None] | None = None
+        self._resuming: asyncio.Task[None] | None = None
         self._warm_ups = [
             (function, warm_up)
             for function in catalog.functions
@@ -118,13 +95,15 @@ class Server:
         self._service = JacobianService(
             catalog,
             self._scheduler,
-            partial(measurements.of, device=device.device_kind),
+            partial(machine.measurements.of, device=machine.device_kind),
             config.max_payload_bytes,
         )
+        self._jobs = JobService(partial(_open_desk, catalog, machine, config))
         add_to_server(self._service, self._server)
+        job_service.add_to_server(self._jobs, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
-            (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+            (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
         )
 
     async def start(self) -> str:
@@ -160,10 +139,11 @@ class Server:
             raise
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         self._warming = asyncio.create_task(self._warm_up_further())
+        self._resuming = asyncio.create_task(self._resume_jobs())
         return f"{address}:{bound}"
 
     async def _set_health(self, status: Any) -> None:
-        for name in ("", _SERVICE):
+        for name in ("", *_SERVICES):
             await self._health.set(name, status)
 
     async def _warm_up(self, function: FunctionSpec, work: Work) -> None:
@@ -201,6 +181,15 @@ class Server:
             largest = gain.largest
             _log.info("%s: up to %d points are computed together", resource, largest)
 
+    async def _resume_jobs(self) -> None:
+        """Opens the table of jobs, unless there has never been a job."""
+        if self._config.jobs_database is None and not self._config.jobs_dir.exists():
+            return
+        try:
+            await self._jobs.desk()
+        except ServiceError as error:
+            _log.warning("no jobs are run: %s", error.message)
+
     async def stop(self) -> bool:
         """Drains: not ready, running calls finish within the grace, then closed.
 
@@ -209,11 +198,13 @@ class Server:
             threads end with it, or with the process.
         """
         deadline = time.monotonic() + self._config.grace_s
-        if self._warming is not None:
-            self._warming.cancel()
+        for task in (self._warming, self._resuming):
+            if task is not None:
+                task.cancel()
         await self._health.enter_graceful_shutdown()
         try:
             async with asyncio.timeout(self._config.grace_s):
+                await self._jobs.stop()
                 await self._scheduler.drain()
             is_drained = True
         except TimeoutError:
@@ -221,8 +212,30 @@ class Server:
         self._service.close_sessions()
         # A drained call has its answer, but may not have sent all of it yet.
         await self._server.stop(grace=max(deadline - time.monotonic(), 0.1))
+        await self._jobs.close()
         self._executor.close()
         return is_drained
+
+
+def _open_desk(catalog: Catalog, machine: Machine, config: Config) -> Any:
+    """Opens the desk of jobs; what it needs is imported when it is needed."""
+    try:
+        from jacserve_server.jobs.desk import JobDesk, TableError
+    except ModuleNotFoundError as error:
+        raise ServiceError(
+            "NOT_INSTALLED",
+            f"the server has no {error.name}, which jobs need. Install "
+            '"jacserve[jobs]" there.',
+        ) from error
+    try:
+        return JobDesk(catalog, machine, config)
+    except (TableError, OSError) as error:
+        cause = error.strerror if isinstance(error, OSError) else str(error)
+        raise ServiceError(
+            "STORAGE_UNAVAILABLE",
+            f"the server's jobs can't be opened: {cause}. Mend its jobs_dir or its "
+            "jobs_database.",
+        ) from error
 
 
 async def serve_until_signal(
@@ -331,8 +344,17 @@ def serving(*registries: Registry, **settings: Any) -> Generator[RunningServer]:
         WarmUpError: A function can't be made ready.
         pydantic.ValidationError: A setting has no valid value.
     """
-    config = Config.load(**{"host": "127.0.0.1", "port": 0, "grace_s": 5.0, **settings})
-    catalog = build_catalog(registries)
+    with ExitStack() as stack:
+        # A guest in a process must not run the jobs of the user's servers.
+        if "jobs_dir" not in settings and "JACSERVE_JOBS_DIR" not in os.environ:
+            folder = TemporaryDirectory(prefix="jacserve-jobs-")
+            settings["jobs_dir"] = Path(stack.enter_context(folder)) / "jobs"
+        defaults = {"host": "127.0.0.1", "port": 0, "grace_s": 5.0}
+        config = Config.load(**{**defaults, **settings})
+        yield from _served(build_catalog(registries), config)
+
+
+def _served(catalog: Catalog, config: Config) -> Generator[RunningServer]:
     started: Future[str] = Future()
     stop: Future[None] = Future()
     thread = threading.Thread(

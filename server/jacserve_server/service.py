@@ -1,35 +1,26 @@
-"""The servicer: decode, submit, encode. The one place where errors become statuses.
-
-Of the gRPC context only what cluster proxies also offer is used: set_code,
-set_details and set_trailing_metadata.
-"""
+"""The servicer of JacobianService: decode, submit, encode."""
 
 import asyncio
-import logging
-import uuid
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
-    Awaitable,
     Callable,
     Mapping,
     Sequence,
 )
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 import grpc.aio
 import numpy as np
-from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import Message
-from google.rpc import code_pb2, error_details_pb2, status_pb2
+from google.rpc import code_pb2, status_pb2
 
 from jacserve.framing import PIECE_BYTES, Frame
 from jacserve.streaming import Assembly, StreamError
 from jacserve.v1 import jacobian_pb2 as pb
 from jacserve.vocabulary import Quantity
+from jacserve_server.calls import Handler, add_handlers, answer, set_error
 from jacserve_server.catalog import Catalog
 from jacserve_server.errors import ServiceError
 from jacserve_server.measurements import Measurement
@@ -47,13 +38,10 @@ from jacserve_server.requests import Request, RequestReader
 from jacserve_server.scheduler import Scheduler, stream_required
 from jacserve_server.sessions import Session
 from jacserve_server.signature import FunctionSpec
+from jacserve_server.statuses import explained, status_of
 from jacserve_server.work import Outcome
 
-_log = logging.getLogger(__name__)
-_STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 _DEFAULT_PAGE, _LARGEST_PAGE = 100, 1000
-
-M = TypeVar("M", bound=Message | bytes)
 
 
 class JacobianService:
@@ -89,31 +77,31 @@ class JacobianService:
     async def ListFunctions(  # noqa: N802, D102
         self, request: pb.ListFunctionsRequest, context: Any
     ) -> pb.ListFunctionsResponse:
-        return await _answer(context, pb.ListFunctionsResponse, self._list(request))
+        return await answer(context, pb.ListFunctionsResponse, self._list(request))
 
     async def GetFunction(  # noqa: N802, D102
         self, request: pb.GetFunctionRequest, context: Any
     ) -> pb.Function:
-        return await _answer(context, pb.Function, self._get(request))
+        return await answer(context, pb.Function, self._get(request))
 
     async def GetSparsity(  # noqa: N802, D102
         self, request: pb.GetSparsityRequest, context: Any
     ) -> bytes:
-        return await _answer(context, bytes, self._sparsity(request, context.peer()))
+        return await answer(context, bytes, self._sparsity(request, context.peer()))
 
     async def Evaluate(self, request: bytes, context: Any) -> bytes:  # noqa: N802, D102
-        return await _answer(context, bytes, self.evaluate(request, context.peer()))
+        return await answer(context, bytes, self.evaluate(request, context.peer()))
 
     async def EvaluateStream(  # noqa: N802, D102
         self, requests: AsyncIterator[bytes], context: Any
     ) -> AsyncIterator[bytes]:
         try:
-            answer = self._evaluate_stream(requests, context.peer())
-            async with aclosing(answer) as parts:
+            answering = self._evaluate_stream(requests, context.peer())
+            async with aclosing(answering) as parts:
                 async for part in parts:
                     yield part
         except Exception as error:
-            _set_error(context, *_explained(error))
+            set_error(context, error)
 
     async def Session(  # noqa: N802, D102
         self, requests: AsyncIterator[bytes], context: Any
@@ -125,7 +113,7 @@ class JacobianService:
                 async for answer in answers:
                     yield answer
         except Exception as error:
-            _set_error(context, *_explained(error))
+            set_error(context, error)
         finally:
             self._sessions.discard(session)
 
@@ -292,7 +280,7 @@ def _broken(problem: str) -> ServiceError:
 
 # How the messages of each call are read and written; those with tensors by jacserve
 # itself.
-_HANDLERS: Mapping[str, tuple[Any, Any, Any]] = {
+_HANDLERS: Mapping[str, Handler] = {
     "ListFunctions": (
         grpc.unary_unary_rpc_method_handler,
         pb.ListFunctionsRequest.FromString,
@@ -321,13 +309,8 @@ def add_to_server(service: JacobianService, server: grpc.aio.Server) -> None:
         service: Answers them.
         server: Receives them.
     """
-    name = pb.DESCRIPTOR.services_by_name["JacobianService"].full_name
-    handlers = {
-        method: kind(getattr(service, method), read, write)
-        for method, (kind, read, write) in _HANDLERS.items()
-    }
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler(name, handlers),)
+    add_handlers(
+        pb.DESCRIPTOR.services_by_name["JacobianService"], service, server, _HANDLERS
     )
 
 
@@ -387,66 +370,5 @@ class _Answerer:
                 code=code_pb2.DEADLINE_EXCEEDED, message="Deadline Exceeded"
             )
         else:
-            status = _status(*_explained(error))
+            status = status_of(*explained(error))
         return status.SerializeToString()
-
-
-async def _answer(context: Any, empty: Callable[[], M], answer: Awaitable[M]) -> M:
-    """Awaits an answer; turns whatever it raises into the call's status."""
-    try:
-        return await answer
-    except Exception as error:
-        _set_error(context, *_explained(error))
-        return empty()
-
-
-def _explained(error: BaseException) -> tuple[ServiceError, str]:
-    """Returns a failure in terms of the contract, and its request id in the log."""
-    if isinstance(error, ServiceError):
-        return error, ""
-    request_id = uuid.uuid4().hex
-    _log.error("request %s failed", request_id, exc_info=error)
-    text = f"the server failed on this call. Its log has more under {request_id}."
-    return ServiceError("UNEXPECTED", text), request_id
-
-
-def _status(error: ServiceError, request_id: str = "") -> status_pb2.Status:
-    details = _details(error)
-    if request_id:
-        details.insert(0, error_details_pb2.RequestInfo(request_id=request_id))
-    status = status_pb2.Status(code=error.code, message=error.message)
-    for detail in details:
-        packed = AnyMessage()
-        packed.Pack(detail)
-        status.details.append(packed)
-    return status
-
-
-def _set_error(context: Any, error: ServiceError, request_id: str = "") -> None:
-    status = _status(error, request_id).SerializeToString()
-    context.set_code(_STATUS_CODES[error.code])
-    context.set_details(error.message)
-    context.set_trailing_metadata((("grpc-status-details-bin", status),))
-
-
-def _details(error: ServiceError) -> list[Message]:
-    details: list[Message] = [
-        error_details_pb2.ErrorInfo(
-            reason=error.reason, domain="jacserve", metadata=error.metadata
-        )
-    ]
-    if error.field:
-        # Without a description: it would be the status's message once more.
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field)
-        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    if error.reason == "FUNCTION_NOT_FOUND":
-        details.append(
-            error_details_pb2.ResourceInfo(
-                resource_type="jacserve.v1.Function",
-                resource_name=error.metadata["function"],
-            )
-        )
-    if error.retry_after_s is not None:
-        delay = Duration(nanos=int(error.retry_after_s * 1e9))
-        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    return details

@@ -5,14 +5,14 @@ more for several at once. In a batch of b points, one without further axes is sh
 [b, ...] has one for each point, and [b, k, ...] several.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from jacserve import trees
-from jacserve.tensors import Array, cast_target, converted, dtype_named, format_shape
+from jacserve.tensors import Array, cast_target, dtype_named, format_shape
 from jacserve.trees import Path
 from jacserve_server.errors import ServiceError
 from jacserve_server.quantities import QUANTITIES
@@ -21,6 +21,8 @@ from jacserve_server.signature import INEXACT, WIDE, FunctionSpec
 from jacserve_server.work import InputSpec
 
 Kind = Literal["tangents", "cotangents"]
+# Converts an array to a dtype of this name.
+Convert = Callable[[Array, str], Array]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ def fit_vectors(
     batch: int | None,
     *,
     has_x64: bool,
+    convert: Convert | None,
 ) -> Vectors:
     """Checks the vectors of a query.
 
@@ -57,6 +60,7 @@ def fit_vectors(
         wrt: The arguments differentiated, in order.
         batch: The points of the batch; None for one.
         has_x64: Whether it is computed with 64-bit types.
+        convert: Converts an array to a dtype; None where it must not be.
 
     Returns:
         The vectors, converted where the query allows it. How many numbers a
@@ -69,13 +73,15 @@ def fit_vectors(
     _check_presence(query, "cotangents", len(query.cotangents))
     widest = _common_dtype(wrt)
     tangents = [
-        _fitted(query, array, shape, batch, f"tangents[{place}]", label, dtype)
+        _fitted(convert, array, shape, batch, f"tangents[{place}]", label, dtype)
         for place, label, array, shape, dtype in _tangents(query, function, wrt, widest)
     ]
     cotangents = [
         (
             path,
-            *_fitted(query, array, shape, batch, f"cotangents[{place}]", label, widest),
+            *_fitted(
+                convert, array, shape, batch, f"cotangents[{place}]", label, widest
+            ),
         )
         for place, (path, label, array, shape) in enumerate(
             _cotangents(query, function)
@@ -222,7 +228,7 @@ def _cotangents(
 
 
 def _fitted(
-    query: Query,
+    convert: Convert | None,
     array: Array,
     shape: tuple[int | None, ...],
     batch: int | None,
@@ -253,22 +259,22 @@ def _fitted(
             shape=format_shape(array.shape),
             expected=format_shape(single),
         )
-    array = _with_dtype(query, array, field, label, dtype)
+    array = _with_dtype(convert, array, field, label, dtype)
     point_shape = array.shape[1:] if is_batched else array.shape
     spec = InputSpec(point_shape, array.dtype.name, is_batched=is_batched)
     return spec, array, len(shape)
 
 
 def _with_dtype(
-    query: Query, array: Array, field: str, label: str, dtype: str
+    convert: Convert | None, array: Array, field: str, label: str, dtype: str
 ) -> Array:
     given = array.dtype.name
     # The dtype of a result shows when the function is traced.
-    is_open = field.startswith("cotangents") and given in INEXACT and not query.cast
+    is_open = field.startswith("cotangents") and given in INEXACT and not convert
     if given == dtype or is_open:
         return array
-    if query.cast and cast_target(given, (dtype,)):
-        return converted(array, dtype)
+    if convert is not None and cast_target(given, (dtype,)):
+        return convert(array, dtype)
     raise ServiceError(
         "DTYPE_MISMATCH",
         f"{label} is {given}, but takes {dtype}. Convert it"

@@ -1,0 +1,205 @@
+"""The servicer of JobService: decodes what clients ask of jobs, and asks the desk."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from jacserve.v1 import jobs_pb2
+from jacserve_server.admission import shutting_down
+from jacserve_server.calls import Handler, add_handlers, answer, set_error
+from jacserve_server.errors import ServiceError
+
+if TYPE_CHECKING:
+    from jacserve_server.jobs.desk import JobDesk
+
+T = TypeVar("T")
+
+
+class JobService:
+    """Answers the calls of the contract that concern jobs.
+
+    Messages with tensors come and go serialized: see `add_to_server`.
+    """
+
+    def __init__(self, open_desk: "Callable[[], JobDesk]") -> None:
+        """Opens nothing yet.
+
+        Args:
+            open_desk: Opens the desk; it may block, and raise ServiceError. It is
+                called in a thread, when it is first needed.
+        """
+        self._open_desk = open_desk
+        self._opening = asyncio.Lock()
+        self._desk: JobDesk | None = None
+        self._is_stopped = False
+
+    async def desk(self) -> "JobDesk":
+        """Returns the desk, opened and running jobs.
+
+        Raises:
+            ServiceError: It can't be opened, or the server is shutting down.
+        """
+        async with self._opening:
+            if self._is_stopped:
+                raise shutting_down()
+            if self._desk is None:
+                self._desk = await asyncio.to_thread(self._open_desk)
+                self._desk.start()
+            return self._desk
+
+    async def stop(self) -> None:
+        """Stops all jobs; they go on when a server starts again."""
+        async with self._opening:
+            self._is_stopped = True
+            if self._desk is not None:
+                await self._desk.stop()
+
+    async def close(self) -> None:
+        """Lets go of all files, when no call is answered any more."""
+        if self._desk is not None:
+            await asyncio.to_thread(self._desk.close)
+
+    async def CreateJob(  # noqa: N802, D102
+        self, requests: AsyncIterator[bytes], context: Any
+    ) -> jobs_pb2.Job:
+        return await answer(context, jobs_pb2.Job, self._create(requests))
+
+    async def GetJob(  # noqa: N802, D102
+        self, request: jobs_pb2.GetJobRequest, context: Any
+    ) -> jobs_pb2.Job:
+        return await answer(context, jobs_pb2.Job, self._get(request))
+
+    async def ListJobs(  # noqa: N802, D102
+        self, request: jobs_pb2.ListJobsRequest, context: Any
+    ) -> jobs_pb2.ListJobsResponse:
+        return await answer(context, jobs_pb2.ListJobsResponse, self._list(request))
+
+    async def WatchJob(  # noqa: N802, D102
+        self, request: jobs_pb2.WatchJobRequest, context: Any
+    ) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
+        news = _answered(context, self._watch(request))
+        async with aclosing(news):
+            async for each in news:
+                yield each
+
+    async def CancelJob(  # noqa: N802, D102
+        self, request: jobs_pb2.CancelJobRequest, context: Any
+    ) -> jobs_pb2.Job:
+        return await answer(context, jobs_pb2.Job, self._cancel(request))
+
+    async def DeleteJob(  # noqa: N802, D102
+        self, request: jobs_pb2.DeleteJobRequest, context: Any
+    ) -> jobs_pb2.DeleteJobResponse:
+        return await answer(context, jobs_pb2.DeleteJobResponse, self._delete(request))
+
+    async def ReadJobResult(  # noqa: N802, D102
+        self, request: bytes, context: Any
+    ) -> AsyncIterator[bytes]:
+        parts = _answered(context, self._read(request))
+        async with aclosing(parts):
+            async for part in parts:
+                yield part
+
+    async def _create(self, requests: AsyncIterator[bytes]) -> jobs_pb2.Job:
+        return await (await self.desk()).create(requests)
+
+    async def _get(self, request: jobs_pb2.GetJobRequest) -> jobs_pb2.Job:
+        return await (await self.desk()).get(request.name)
+
+    async def _list(
+        self, request: jobs_pb2.ListJobsRequest
+    ) -> jobs_pb2.ListJobsResponse:
+        return await (await self.desk()).list(request)
+
+    async def _watch(
+        self, request: jobs_pb2.WatchJobRequest
+    ) -> AsyncGenerator[jobs_pb2.WatchJobResponse]:
+        desk = await self.desk()
+        async with aclosing(desk.watch(request.name)) as news:
+            async for job in news:
+                yield jobs_pb2.WatchJobResponse(job=job)
+
+    async def _cancel(self, request: jobs_pb2.CancelJobRequest) -> jobs_pb2.Job:
+        return await (await self.desk()).cancel(request.name)
+
+    async def _delete(
+        self, request: jobs_pb2.DeleteJobRequest
+    ) -> jobs_pb2.DeleteJobResponse:
+        await (await self.desk()).delete(request.name)
+        return jobs_pb2.DeleteJobResponse()
+
+    async def _read(self, raw: bytes) -> AsyncGenerator[bytes]:
+        try:
+            request = jobs_pb2.ReadJobResultRequest.FromString(raw)
+        except DecodeError as error:
+            raise ServiceError(
+                "MALFORMED_REQUEST",
+                "the request can't be read. Send messages as the contract has them.",
+            ) from error
+        desk = await self.desk()
+        async with aclosing(desk.read(request)) as parts:
+            async for part in parts:
+                yield part
+
+
+async def _answered(context: Any, answers: AsyncGenerator[T]) -> AsyncGenerator[T]:
+    """Yields answers; turns whatever they raise into the call's status."""
+    try:
+        async with aclosing(answers):
+            async for each in answers:
+                yield each
+    except Exception as error:
+        set_error(context, error)
+
+
+# How the messages of each call are read and written; those with tensors by jacserve
+# itself.
+_HANDLERS: Mapping[str, Handler] = {
+    "CreateJob": (
+        grpc.stream_unary_rpc_method_handler,
+        None,
+        jobs_pb2.Job.SerializeToString,
+    ),
+    "GetJob": (
+        grpc.unary_unary_rpc_method_handler,
+        jobs_pb2.GetJobRequest.FromString,
+        jobs_pb2.Job.SerializeToString,
+    ),
+    "ListJobs": (
+        grpc.unary_unary_rpc_method_handler,
+        jobs_pb2.ListJobsRequest.FromString,
+        jobs_pb2.ListJobsResponse.SerializeToString,
+    ),
+    "WatchJob": (
+        grpc.unary_stream_rpc_method_handler,
+        jobs_pb2.WatchJobRequest.FromString,
+        jobs_pb2.WatchJobResponse.SerializeToString,
+    ),
+    "CancelJob": (
+        grpc.unary_unary_rpc_method_handler,
+        jobs_pb2.CancelJobRequest.FromString,
+        jobs_pb2.Job.SerializeToString,
+    ),
+    "DeleteJob": (
+        grpc.unary_unary_rpc_method_handler,
+        jobs_pb2.DeleteJobRequest.FromString,
+        jobs_pb2.DeleteJobResponse.SerializeToString,
+    ),
+    "ReadJobResult": (grpc.unary_stream_rpc_method_handler, None, None),
+}
+
+
+def add_to_server(service: JobService, server: grpc.aio.Server) -> None:
+    """Has a server answer the contract's calls that concern jobs.
+
+    Args:
+        service: Answers them.
+        server: Receives them.
+    """
+    descriptor = jobs_pb2.DESCRIPTOR.services_by_name["JobService"]
+    add_handlers(descriptor, service, server, _HANDLERS)

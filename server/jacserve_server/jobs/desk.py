@@ -1,0 +1,548 @@
+"""What clients may ask of jobs: to create, find, watch, stop and read them."""
+
+import asyncio
+import hashlib
+import shutil
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from google.protobuf.message import DecodeError
+
+from jacserve.framing import Hole
+from jacserve.streaming import StreamError, read_head
+from jacserve.v1 import jobs_pb2
+from jacserve.vocabulary import LAYOUTS, QUANTITIES, word
+from jacserve_server.admission import shutting_down
+from jacserve_server.catalog import Catalog
+from jacserve_server.config import Config
+from jacserve_server.errors import ServiceError
+from jacserve_server.jobs import downloads, storage
+from jacserve_server.jobs.engine import Engine, LocalEngine
+from jacserve_server.jobs.folder import JobFolder
+from jacserve_server.jobs.messages import encode_job, encode_page, read_page
+from jacserve_server.jobs.records import JobRecord, NewJob
+from jacserve_server.jobs.requests import JobRequest, check_id, fit, id_of, spec_of
+from jacserve_server.jobs.results import Results
+from jacserve_server.jobs.runs import JobRun
+from jacserve_server.jobs.states import FINAL
+from jacserve_server.jobs.storage import Location, locate
+from jacserve_server.jobs.table import JobTable, TableError
+from jacserve_server.jobs.uploads import Upload
+from jacserve_server.jobs.worker import JobWorker
+from jacserve_server.machine import Machine
+
+T = TypeVar("T")
+
+_MOST_FIELDS = 20_000
+# A watcher hears of a job at most so often, and of one that another server runs
+# after so long.
+_NEWS_S, _POLL_S = 0.25, 1.0
+_IO_THREADS = 4
+
+
+class JobDesk:
+    """Keeps jobs and has them run. Used from one event loop."""
+
+    def __init__(self, catalog: Catalog, machine: Machine, config: Config) -> None:
+        """Opens the table of jobs; `start` has jobs run. It may block.
+
+        Args:
+            catalog: The functions.
+            machine: Computes them.
+            config: The settings.
+
+        Raises:
+            TableError: The table can't be opened.
+            OSError: The folder of jobs can't be used.
+        """
+        self._config = config
+        self._catalog = catalog
+        self._folder = JobFolder(config.jobs_dir)
+        self._table = JobTable(
+            config.jobs_database or f"sqlite:///{config.jobs_dir / 'jobs.sqlite'}",
+            self._folder.id,
+        )
+        self._pool = ThreadPoolExecutor(_IO_THREADS, "jobs")
+        # The table's calls wait for each other anyway.
+        self._table_pool = ThreadPoolExecutor(2, "jobs-table")
+        self._engine: Engine = LocalEngine(
+            machine.scheduler,
+            machine.executor.fingerprint,
+            self._pool,
+            slots=machine.slots,
+            max_batch=lambda name: catalog.find(name).spec.max_batch,
+        )
+        self._is_stopped = False
+        self._news: dict[str, set[asyncio.Event]] = {}
+        self._worker = JobWorker(
+            self._table,
+            self._folder.presence,
+            functions=[spec.qualified_name for spec in catalog.specs],
+            make_run=self._make_run,
+            remove_files=self._remove_files,
+            sweep=self._folder.sweep,
+            in_thread=self._in_table,
+            max_running=config.max_running_jobs,
+            keep=config.max_finished_jobs,
+        )
+
+    def start(self) -> None:
+        """Begins to run jobs."""
+        self._worker.start()
+
+    async def stop(self) -> None:
+        """Stops all jobs; they go on when a server starts again."""
+        await self._worker.stop()
+        self._is_stopped = True
+        for uid in self._news:
+            self._tell(uid)
+
+    def close(self) -> None:
+        """Lets go of the table and the folder, when no call is answered any more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._table_pool.shutdown(wait=True)
+        self._table.close()
+        self._folder.close()
+
+    async def create(self, raws: AsyncIterator[bytes]) -> jobs_pb2.Job:
+        """Creates a job, unless it is there.
+
+        Args:
+            raws: Serialized CreateJobRequests.
+
+        Returns:
+            The job.
+
+        Raises:
+            ServiceError: It can't be created.
+        """
+        raw = await anext(raws, None)
+        if raw is None:
+            raise _broken("it has no head. Send one, then the pieces.")
+        try:
+            part, holes = read_head(
+                raw, jobs_pb2.CreateJobRequest, most_fields=_MOST_FIELDS
+            )
+        except (DecodeError, StreamError) as error:
+            raise _broken(str(error) or "it is no message of the contract.") from error
+        spec = part.head
+        spec.job_id = check_id(spec.job_id)
+        self._check_size(sum(hole.size for hole in holes))
+        uid = uuid.uuid4().hex
+        output = self._output(spec, uid)
+        request = await self._in_pool(self._fit, spec, uid, output)
+        digest = hashlib.sha256(request.to_bytes()).hexdigest()
+        existing = await self._in_table(self._table.find, spec.job_id)
+        if existing is None:
+            await self._check_count()
+            await self._in_pool(_check_absent, output)
+        elif not existing.digest.startswith(digest):
+            raise _exists(spec.job_id)
+        staged = self._folder.staged(uid)
+        try:
+            digest += await self._receive(raws, raw, holes, spec, staged)
+            record, is_new = await self._in_pool(
+                self._keep, request, uid, digest, staged
+            )
+        finally:
+            await self._in_pool(shutil.rmtree, staged, True)
+        if record.digest != digest:
+            raise _exists(spec.job_id)
+        if is_new:
+            self._worker.wake()
+        return encode_job(record)
+
+    def _fit(self, spec: jobs_pb2.JobSpec, uid: str, output: Location) -> JobRequest:
+        return fit(
+            spec,
+            lambda name: self._catalog.find(name).spec,
+            self._config.storage_roots,
+            lambda place: self._folder.upload(uid, place),
+            output,
+            uid,
+        )
+
+    def _output(self, spec: jobs_pb2.JobSpec, uid: str) -> Location:
+        if not spec.output:
+            return self._folder.results(uid)
+        output = locate(spec.output, self._config.result_roots, field="output")
+        if not output.path.endswith(".zarr"):
+            raise ServiceError(
+                "MALFORMED_REQUEST",
+                f"output is {spec.output!r}. Name a Zarr store, such as "
+                f'"{output.root_name}/{spec.job_id}.zarr".',
+                field="output",
+                output=spec.output,
+            )
+        return output
+
+    async def _receive(
+        self,
+        raws: AsyncIterator[bytes],
+        raw: bytes,
+        holes: Sequence[Hole],
+        spec: jobs_pb2.JobSpec,
+        staged: Path,
+    ) -> str:
+        """Writes the arrays that come with a job; returns a hash of them."""
+        query = spec.query
+        given = [*query.inputs, *query.tangents, *query.cotangents]
+        shapes = [each.tensor for each in given if not each.HasField("source")]
+        try:
+            upload = await self._in_pool(Upload, staged, shapes, raw, holes)
+            try:
+                async for part in raws:
+                    if upload.feed(part):
+                        await self._in_pool(upload.write)
+                if not upload.is_complete:
+                    raise _broken("it ends before its last piece. Send all of them.")
+                return await self._in_pool(upload.finish)
+            finally:
+                upload.close()
+        except StreamError as error:
+            raise _broken(str(error)) from error
+        except OSError as error:
+            raise _folder_unavailable(error) from error
+
+    def _keep(
+        self, request: JobRequest, uid: str, digest: str, staged: Path
+    ) -> tuple[JobRecord, bool]:
+        kept = self._folder.keep(staged, uid)
+        is_new = False
+        try:
+            ttl_s = self._config.job_ttl_s
+            if request.spec.HasField("ttl"):
+                ttl_s = min(ttl_s, request.spec.ttl.ToTimedelta().total_seconds())
+            task = request.task
+            record, is_new = self._table.create(
+                NewJob(
+                    uid=uid,
+                    job_id=request.job_id,
+                    request=request.to_bytes(),
+                    digest=digest,
+                    function=task.computation.function,
+                    point_count=task.point_count,
+                    output=task.output.name,
+                    ttl_s=ttl_s,
+                    owner=self._folder.presence.id,
+                )
+            )
+            return record, is_new
+        finally:
+            if not is_new:
+                shutil.rmtree(kept, ignore_errors=True)
+
+    async def get(self, name: str) -> jobs_pb2.Job:
+        """Finds a job.
+
+        Args:
+            name: Its id, or its resource name.
+
+        Returns:
+            The job as it is now.
+
+        Raises:
+            ServiceError: There is none.
+        """
+        return encode_job(await self._find(id_of(name)))
+
+    async def _find(self, job_id: str) -> JobRecord:
+        record = await self._in_table(self._table.find, job_id)
+        if record is None:
+            raise _not_found(job_id)
+        return record
+
+    async def list(
+        self, request: jobs_pb2.ListJobsRequest
+    ) -> jobs_pb2.ListJobsResponse:
+        """Lists jobs, the newest first.
+
+        Args:
+            request: Which page, of which jobs.
+
+        Returns:
+            The page.
+
+        Raises:
+            ServiceError: There is no such page.
+        """
+        page = read_page(request)
+
+        def jobs() -> "list[JobRecord]":
+            return self._table.jobs(
+                states=page.states, before=page.before, limit=page.size + 1
+            )
+
+        return encode_page(await self._in_table(jobs), page.size)
+
+    async def watch(self, name: str) -> AsyncGenerator[jobs_pb2.Job]:
+        """Yields a job whenever it has got further, until it has ended.
+
+        Args:
+            name: Its id, or its resource name.
+
+        Raises:
+            ServiceError: There is none, or no longer.
+        """
+        job_id = id_of(name)
+        record = await self._find(job_id)
+        uid, told = record.uid, None
+        event = asyncio.Event()
+        self._news.setdefault(uid, set()).add(event)
+        try:
+            while True:
+                if record.uid != uid:
+                    raise _not_found(job_id)
+                if record != told:
+                    yield encode_job(record)
+                    told = record
+                if record.state in FINAL:
+                    return
+                if self._is_stopped:
+                    raise shutting_down()
+                await asyncio.sleep(_NEWS_S)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_POLL_S - _NEWS_S):
+                        await event.wait()
+                event.clear()
+                record = await self._find(job_id)
+        finally:
+            events = self._news[uid]
+            events.discard(event)
+            if not events:
+                del self._news[uid]
+
+    async def cancel(self, name: str) -> jobs_pb2.Job:
+        """Stops a job; does nothing to one that has ended.
+
+        Args:
+            name: Its id, or its resource name.
+
+        Returns:
+            The job as it is now.
+
+        Raises:
+            ServiceError: There is none.
+        """
+        job_id = id_of(name)
+        record = await self._in_table(self._table.cancel, job_id)
+        if record is None:
+            raise _not_found(job_id)
+        self._worker.stop_run(record.uid)
+        self._tell(record.uid)
+        return encode_job(record)
+
+    async def delete(self, name: str) -> None:
+        """Stops a job and forgets it.
+
+        Args:
+            name: Its id, or its resource name.
+
+        Raises:
+            ServiceError: There is none.
+        """
+        job_id = id_of(name)
+        uid = await self._in_table(self._table.delete, job_id)
+        if uid is None:
+            raise _not_found(job_id)
+        self._worker.stop_run(uid)
+        self._tell(uid)
+        self._worker.tidy_soon()
+
+    async def read(
+        self, request: jobs_pb2.ReadJobResultRequest
+    ) -> AsyncGenerator[bytes]:
+        """Reads results of a range of points.
+
+        Args:
+            request: Which results of which points.
+
+        Yields:
+            Serialized ReadJobResultResponses.
+
+        Raises:
+            ServiceError: There is no such job, or the points are not computed.
+        """
+        job_id = id_of(request.name)
+        record = await self._find(job_id)
+        spec = spec_of(record.request)
+        asked = dict.fromkeys(spec.query.quantities)
+        for place, number in enumerate(request.quantities):
+            if number not in asked:
+                words = ", ".join(word(QUANTITIES, each) for each in asked)
+                raise ServiceError(
+                    "QUANTITY_UNSUPPORTED",
+                    f"jobs/{job_id} has {words}, and quantity {number} was asked for. "
+                    "Ask for these.",
+                    field=f"quantities[{place}]",
+                    quantity=number,
+                )
+        start, count = request.start, request.count
+        stop = start + count if count else record.point_count
+        if not 0 <= start < stop <= record.point_count:
+            raise ServiceError(
+                "MALFORMED_REQUEST",
+                f"points {start} to {stop} were asked for, and jobs/{job_id} has "
+                f"{record.point_count}. Pass a range of these.",
+                field="start",
+                start=start,
+                stop=stop,
+                points=record.point_count,
+            )
+        if stop > record.ready_count:
+            await self._check_computed(record, start, stop)
+        output = self._location(record)
+        results = await self._in_pool(Results, output, record.uid)
+        layout = word(LAYOUTS, spec.query.layout) if spec.query.layout else "csr"
+        async for part in downloads.parts(
+            results,
+            start,
+            stop,
+            quantities=[
+                word(QUANTITIES, number) for number in request.quantities or asked
+            ],
+            layout=layout,
+            block_rows=record.chunk_size or 1,
+            in_thread=self._in_pool,
+        ):
+            yield part
+
+    async def _check_computed(self, record: JobRecord, start: int, stop: int) -> None:
+        chunks = await self._in_table(self._table.chunks, record.uid)
+        done = {chunk.index for chunk in chunks}
+        size = record.chunk_size
+        if size is None or not done.issuperset(range(start // size, -(-stop // size))):
+            raise ServiceError(
+                "JOB_NOT_FINISHED",
+                f"points {start} to {stop} of jobs/{record.job_id} are not all "
+                f"computed: it is {record.state}, and its first {record.ready_count} "
+                f"of {record.point_count} points are. Wait for it, or read these.",
+                job=f"jobs/{record.job_id}",
+                state=record.state,
+                ready=record.ready_count,
+                points=record.point_count,
+            )
+
+    def _location(self, record: JobRecord) -> Location:
+        spec = spec_of(record.request)
+        return self._output(spec, record.uid)
+
+    def _make_run(self, record: JobRecord) -> JobRun:
+        return JobRun(
+            record,
+            self._folder.presence.id,
+            engine=self._engine,
+            table=self._table,
+            in_thread=self._in_table,
+            restore=self._restore,
+            on_progress=self._tell,
+        )
+
+    def _restore(self, record: JobRecord) -> JobRequest:
+        spec, uid = spec_of(record.request), record.uid
+        request = self._fit(spec, uid, self._output(spec, uid))
+        # What depends on the clock of a file or on its size is not the same any more.
+        if request.to_bytes() != record.request:
+            raise ServiceError(
+                "SOURCE_UNREADABLE",
+                "a file that the job reads has changed since the job was made. Submit "
+                "the job again.",
+                job=f"jobs/{record.job_id}",
+            )
+        return request
+
+    def _remove_files(self, record: JobRecord) -> None:
+        self._folder.remove(record.uid)
+        # What a client has had written to a place of its own is the client's.
+        if not spec_of(record.request).output:
+            storage.remove(self._folder.results(record.uid))
+
+    def _tell(self, uid: str) -> None:
+        for event in self._news.get(uid, ()):
+            event.set()
+
+    def _check_size(self, size_bytes: int) -> None:
+        if size_bytes > self._config.max_upload_bytes:
+            raise ServiceError(
+                "QUERY_TOO_LARGE",
+                f"the arrays of the job take {size_bytes} bytes, but this server takes "
+                f"at most {self._config.max_upload_bytes}. Put them into a storage "
+                "root of the server and name that, or raise its max_upload_bytes.",
+                query_bytes=size_bytes,
+                max_query_bytes=self._config.max_upload_bytes,
+            )
+
+    async def _check_count(self) -> None:
+        counts = await self._in_table(self._table.counts)
+        waiting = counts["queued"] + counts["running"]
+        if waiting >= self._config.max_jobs:
+            raise ServiceError(
+                "TOO_MANY_JOBS",
+                f"{waiting} jobs are queued or running, and this server keeps at most "
+                f"{self._config.max_jobs}. Wait for some to end, or cancel them.",
+                jobs=waiting,
+                max_jobs=self._config.max_jobs,
+            )
+
+    async def _in_pool(self, call: Callable[..., T], /, *arguments: Any) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, call, *arguments)
+
+    async def _in_table(self, call: Callable[..., T], /, *arguments: Any) -> T:
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._table_pool, call, *arguments)
+        except TableError as error:
+            raise ServiceError("STORAGE_UNAVAILABLE", str(error)) from error
+
+
+def _check_absent(output: Location) -> None:
+    try:
+        storage.identity(output)
+    except ServiceError as error:
+        if error.reason == "SOURCE_UNREADABLE":
+            return
+        error.field = "output"
+        raise
+    raise ServiceError(
+        "MALFORMED_REQUEST",
+        f"{output.name} is there already. Name a new store.",
+        field="output",
+        output=output.name,
+    )
+
+
+def _folder_unavailable(error: OSError) -> ServiceError:
+    return ServiceError(
+        "STORAGE_UNAVAILABLE",
+        f"the server's folder of jobs can't be written: {error.strerror}. Mend it, "
+        "and submit the job again.",
+    )
+
+
+def _broken(problem: str) -> ServiceError:
+    return ServiceError("STREAM_BROKEN", f"the stream is broken: {problem}")
+
+
+def _exists(job_id: str) -> ServiceError:
+    return ServiceError(
+        "JOB_ALREADY_EXISTS",
+        f"there is another job of the id {job_id}: of another function, with other "
+        "options or other points. Take another id, or delete that job.",
+        field="job_id",
+        job=f"jobs/{job_id}",
+    )
+
+
+def _not_found(job_id: str) -> ServiceError:
+    return ServiceError(
+        "JOB_NOT_FOUND",
+        f"there is no job {job_id}. List the jobs to see their ids; those that have "
+        "ended are deleted in time.",
+        field="name",
+        job=f"jobs/{job_id}",
+    )

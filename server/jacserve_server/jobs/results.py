@@ -1,0 +1,345 @@
+"""The results of a job: a Zarr 3 store, written chunk by chunk.
+
+Every array of every quantity is an array of the store, at its path: "jacobian",
+"slogdet/0", "value/position". A sparse matrix is a group of its values ("data") and
+its indices. Rows that are not computed are NaN, or 0 where the dtype has no NaN;
+"status" tells them from others. So the store can be read while it is written.
+"""
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import zarr
+import zarr.abc.store
+
+from jacserve import trees
+from jacserve.sparse import Pattern
+from jacserve.tensors import Array, dtype_named
+from jacserve_server.errors import ServiceError
+from jacserve_server.jobs import storage
+from jacserve_server.jobs.plans import Task
+from jacserve_server.jobs.storage import Location, storage_errors
+from jacserve_server.work import Outcome
+
+STATUS = "status"
+PENDING, FINITE, NON_FINITE = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One array of the results.
+
+    Attributes:
+        quantity: What it belongs to.
+        path: Where it stands in that.
+        dtype: The dtype of its rows.
+        shape: The shape of a row.
+        mode: How it was differentiated, or "".
+        pattern: Where its values stand in a sparse matrix; None where it is dense.
+    """
+
+    quantity: str
+    path: trees.Path
+    dtype: str
+    shape: tuple[int, ...]
+    mode: str
+    pattern: Pattern | None
+
+    @property
+    def name(self) -> str:
+        """Where it stands in the store."""
+        # A key may be anything: "/" or "..", too.
+        steps = [quote(str(step), safe="").replace(".", "%2E") for step in self.path]
+        of_values = ["data"] if self.pattern is not None else []
+        return "/".join([self.quantity, *(step or "%" for step in steps), *of_values])
+
+    @property
+    def kept_dtype(self) -> np.dtype[Any]:
+        """The dtype in the store. Zarr has no bfloat16, so that its bits are kept."""
+        return np.dtype(np.uint16 if self.dtype == "bfloat16" else self.dtype)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of what results depend on."""
+    names = ("jacserve", "jax", "jaxlib", "numpy", "zarr")
+    return {name: version(name) for name in names}
+
+
+def leaves_of(outcome: Outcome) -> list[Leaf]:
+    """Returns what the arrays of a batch's outcome are."""
+    outline = outcome.outline
+    return [
+        Leaf(
+            quantity=quantity,
+            path=path,
+            dtype=array.dtype.name,
+            shape=array.shape[1:],
+            mode=outline.modes.get(quantity, ""),
+            pattern=outline.patterns.get(quantity),
+        )
+        for (quantity, path), array in zip(outline.arrays, outcome.arrays, strict=True)
+    ]
+
+
+def create(
+    task: Task,
+    leaves: Sequence[Leaf],
+    chunk_size: int,
+    circumstances: Mapping[str, Any],
+) -> None:
+    """Makes a job's store, in place of one whose making was cut short.
+
+    Args:
+        task: The job.
+        leaves: The arrays of its results.
+        chunk_size: The rows of a chunk.
+        circumstances: What else is to be known of the results, for the attributes.
+
+    Raises:
+        ServiceError: The store can't be written.
+    """
+    computation, rows = task.computation, task.point_count
+    about = {
+        "job": task.job,
+        "function": computation.function,
+        "quantities": list(computation.quantities),
+        "wrt": list(computation.wrt),
+        "layout": computation.layout,
+        "points": rows,
+        "inputs": [f"{spec.dtype}{list(spec.shape)}" for spec in computation.inputs],
+        **circumstances,
+        "arrays": [_described(leaf) for leaf in leaves],
+    }
+    with storage_errors(task.output):
+        storage.remove(task.output)
+        store = storage.zarr_store(task.output, is_writable=True)
+        group = zarr.create_group(store, attributes={"jacserve": about})
+        for leaf in leaves:
+            more = {"function": computation.function, **_described(leaf)}
+            name, kept = leaf.name, leaf.kept_dtype
+            _create_array(group, name, rows, chunk_size, kept, leaf.shape, more)
+            if leaf.pattern is not None:
+                folder = name.removesuffix("/data")
+                for label in ("rows", "columns", "row_starts"):
+                    indices = getattr(leaf.pattern, label)
+                    group.create_array(f"{folder}/{label}", data=indices)
+        flags = {
+            "flag_values": [PENDING, FINITE, NON_FINITE],
+            "flag_meanings": "pending finite non_finite",
+        }
+        # Last: a store that has it is complete.
+        kept = np.dtype(np.uint8)
+        _create_array(group, STATUS, rows, chunk_size, kept, (), flags)
+
+
+def _described(leaf: Leaf) -> dict[str, Any]:
+    about: dict[str, Any] = {
+        "name": leaf.name,
+        "quantity": leaf.quantity,
+        "path": list(leaf.path),
+        "dtype": leaf.dtype,
+        "shape": list(leaf.shape),
+        "mode": leaf.mode,
+    }
+    if leaf.pattern is not None:
+        about["pattern"] = leaf.pattern.hash
+        about["matrix_shape"] = list(leaf.pattern.shape)
+    return about
+
+
+def _create_array(
+    group: zarr.Group,
+    name: str,
+    rows: int,
+    chunk_size: int,
+    dtype: np.dtype[Any],
+    shape: tuple[int, ...],
+    attributes: Mapping[str, Any],
+) -> None:
+    group.create_array(
+        name,
+        shape=(rows, *shape),
+        chunks=(min(chunk_size, rows), *(max(size, 1) for size in shape)),
+        dtype=dtype,
+        fill_value=np.nan if dtype.kind in "fc" else 0,
+        # Derivatives are noise to a compressor, which takes longer than they did.
+        compressors=None,
+        # A folder for each axis of each chunk would be a hundred thousand folders.
+        chunk_key_encoding={"name": "default", "separator": "."},
+        attributes=dict(attributes),
+    )
+
+
+class Results:
+    """A job's store, opened. Its methods block; threads may share it."""
+
+    def __init__(self, location: Location, job: str) -> None:
+        """Opens it.
+
+        Args:
+            location: The store.
+            job: Whose it is.
+
+        Raises:
+            ServiceError: It is not there, or another job's.
+        """
+        self._location = location
+        self._lock = threading.Lock()
+        self._unsynced: list[Path] = []
+        with storage_errors(location):
+            self._store = storage.zarr_store(location, is_writable=True)
+            try:
+                group = zarr.open_group(self._store, mode="r+")
+                about: Any = group.attrs["jacserve"]
+                self._status = self._open(STATUS)
+            except (KeyError, FileNotFoundError) as error:
+                raise _vanished(location) from error
+            if about["job"] != job:
+                raise _vanished(location)
+            self.about: Mapping[str, Any] = about
+            self.leaves = [self._leaf(each) for each in about["arrays"]]
+            self._arrays = {leaf.name: self._open(leaf.name) for leaf in self.leaves}
+
+    def _open(self, name: str) -> Any:
+        # To find out whether a chunk is empty takes longer than to write it.
+        config = {"write_empty_chunks": True}
+        return zarr.open_array(self._store, path=name, mode="r+", config=config)
+
+    def _leaf(self, about: Mapping[str, Any]) -> Leaf:
+        pattern = None
+        if "pattern" in about:
+            folder = about["name"].removesuffix("/data")
+            rows, columns = (
+                np.asarray(self._open(f"{folder}/{label}")[:])
+                for label in ("rows", "columns")
+            )
+            m, n = about["matrix_shape"]
+            pattern = Pattern((m, n), rows, columns, about["pattern"])
+        return Leaf(
+            quantity=about["quantity"],
+            path=tuple(about["path"]),
+            dtype=about["dtype"],
+            shape=tuple(about["shape"]),
+            mode=about["mode"],
+            pattern=pattern,
+        )
+
+    def write(
+        self, index: int, start: int, arrays: Sequence[Array], finite: Array
+    ) -> None:
+        """Writes a chunk. That it is there can be relied on when the method returns.
+
+        Args:
+            index: The chunk's place.
+            start: Its first row.
+            arrays: Its rows of each leaf.
+            finite: For each row, whether all of its numbers are finite.
+
+        Raises:
+            ServiceError: It can't be written.
+        """
+        stop = start + len(finite)
+        status = np.where(finite, np.uint8(FINITE), np.uint8(NON_FINITE))
+        folder = storage.local_path(self._location)
+        with storage_errors(self._location):
+            if not self.is_there():
+                raise _vanished(self._location)
+            written: list[Path] = []
+            for leaf, rows in zip(self.leaves, arrays, strict=True):
+                array = self._arrays[leaf.name]
+                kept = rows if rows.dtype == leaf.kept_dtype else rows.view(np.uint16)
+                array[start:stop] = kept
+                if folder is not None and rows.size:
+                    written.append(folder / leaf.name / _key(array, index))
+            # Last: who sees that a row is computed, sees the row.
+            self._status[start:stop] = status
+            if folder is not None:
+                written.append(folder / STATUS / _key(self._status, index))
+        with self._lock:
+            self._unsynced += written
+
+    def is_there(self) -> bool:
+        """Tells whether the store has not been taken away."""
+        folder = storage.local_path(self._location)
+        return folder is None or (folder / "zarr.json").exists()
+
+    def sync(self) -> None:
+        """Waits until all that was written is on the disk.
+
+        Raises:
+            ServiceError: It can't be.
+        """
+        with self._lock:
+            written, self._unsynced = self._unsynced, []
+        try:
+            with storage_errors(self._location):
+                for path in written:
+                    _sync(path)
+                for folder in {path.parent for path in written}:
+                    _sync(folder)
+        except BaseException:
+            with self._lock:
+                self._unsynced += written
+            raise
+
+    def read(self, leaf: Leaf, start: int, stop: int) -> Array:
+        """Reads rows of an array.
+
+        Args:
+            leaf: One of `leaves`.
+            start: The first row.
+            stop: The row after the last one.
+
+        Returns:
+            The rows, in C order.
+
+        Raises:
+            ServiceError: They can't be read.
+        """
+        with storage_errors(self._location):
+            rows = np.ascontiguousarray(self._arrays[leaf.name][start:stop])
+        return rows if leaf.dtype != "bfloat16" else rows.view(dtype_named("bfloat16"))
+
+    def read_finite(self, start: int, stop: int) -> Array:
+        """Reads for each row whether all of its numbers are finite.
+
+        Args:
+            start: The first row.
+            stop: The row after the last one.
+
+        Returns:
+            One flag for each row.
+
+        Raises:
+            ServiceError: They can't be read.
+        """
+        with storage_errors(self._location):
+            return np.asarray(self._status[start:stop]) == FINITE
+
+
+def _key(array: Any, index: int) -> str:
+    return array.metadata.encode_chunk_key((index, *[0] * (array.ndim - 1)))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _vanished(location: Location) -> ServiceError:
+    return ServiceError(
+        "STORAGE_UNAVAILABLE",
+        f"the results in {location.name} are not there any more. Bring them back, and "
+        "the job goes on by itself; or delete it.",
+        output=location.name,
+    )

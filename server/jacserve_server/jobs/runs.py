@@ -1,0 +1,288 @@
+"""One job, from its claim to its end: every chunk that is missing is computed once."""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from jacserve_server.errors import ServiceError
+from jacserve_server.jobs.engine import Engine
+from jacserve_server.jobs.plans import ChunkReport, JobPlan, Task
+from jacserve_server.jobs.records import ChunkRecord, JobRecord
+from jacserve_server.jobs.requests import JobRequest
+from jacserve_server.jobs.sizing import Sizes
+from jacserve_server.jobs.table import JobTable
+from jacserve_server.statuses import explained, status_of
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+# So much work is lost at most when the machine loses its power.
+_SYNC_S = 5.0
+# The rate is that of so many seconds.
+_RATE_S = 10.0
+_FIRST_RETRY_S, _LONGEST_RETRY_S = 2.0, 300.0
+# What passes when somebody mends it. Everything else is the job's own fault.
+_PASSING = {"STORAGE_UNAVAILABLE", "FUNCTION_CHANGED", "SHUTTING_DOWN"}
+
+
+class InThread(Protocol):
+    """Calls what blocks in a thread."""
+
+    async def __call__(self, call: Callable[..., T], /, *arguments: Any) -> T:
+        """Returns what the call returns."""
+        ...
+
+
+class _LostJobError(Exception):
+    """The job is not this server's any more: cancelled, deleted or taken over."""
+
+
+class JobRun:
+    """Runs a job that this server has claimed."""
+
+    def __init__(
+        self,
+        record: JobRecord,
+        server: str,
+        *,
+        engine: Engine,
+        table: JobTable,
+        in_thread: InThread,
+        restore: Callable[[JobRecord], JobRequest],
+        on_progress: Callable[[str], None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Starts nothing yet.
+
+        Args:
+            record: The job as it was claimed.
+            server: The id of this server.
+            engine: Computes its chunks.
+            table: Keeps what is computed.
+            in_thread: Calls the table.
+            restore: Makes a request of what the table has kept; may block.
+            on_progress: Called with the job's uid whenever it has got further.
+            clock: The time, in seconds since 1970.
+        """
+        self._record = record
+        self._uid = record.uid
+        self._server = server
+        self._engine = engine
+        self._table = table
+        self._in_thread = in_thread
+        self._restore = restore
+        self._on_progress = on_progress
+        self._clock = clock
+        self._task: Task | None = None
+        self._done: set[int] = set()
+        self._ready = 0  # Chunks before the first that is not done.
+        self._unsettled: list[int] = []
+        self._sync_at = 0.0
+        self._recent: deque[tuple[float, int]] = deque()
+
+    async def run(self) -> None:
+        """Runs it to its end, or until it is held up, lost, or this is cancelled."""
+        try:
+            await self._run()
+        except asyncio.CancelledError:
+            # Nothing happens to a job that was cancelled: it is not running any more.
+            await self._in_thread(self._release)
+            raise
+        except _LostJobError:
+            pass
+        except Exception as error:
+            await self._stop(error)
+        finally:
+            if self._task is not None:
+                await self._engine.close(self._task)
+            self._on_progress(self._uid)
+
+    async def _stop(self, error: Exception) -> None:
+        failure, request_id = explained(error)
+        status = status_of(failure, request_id).SerializeToString()
+        _log.info("job %s: %s", self._record.job_id, failure.message)
+        try:
+            if failure.reason in _PASSING:
+                delay_s = _FIRST_RETRY_S * 2.0 ** min(self._record.attempts, 30)
+                retry_at = self._clock() + min(delay_s, _LONGEST_RETRY_S)
+                await self._in_thread(self._release, status, retry_at)
+            else:
+                await self._in_thread(self._finish, "failed", status)
+        except ServiceError as error:
+            # It stays this server's, which claims it again when the table is back.
+            _log.error("job %s: %s", self._record.job_id, error)
+
+    async def _run(self) -> None:
+        request = await self._in_thread(self._restore, self._record)
+        self._task = task = request.task
+        await self._in_thread(self._table.unsettle, self._uid, self._server, boot_id())
+        chunks = await self._in_thread(self._table.chunks, self._uid)
+        self._done = {chunk.index for chunk in chunks}
+        plan = await self._planned(task, request.spec.batch_size)
+        self._advance()
+        self._sync_at = time.monotonic() + _SYNC_S
+        await self._compute(plan, require_finite=request.require_finite)
+        await self._settle()
+        if not await self._in_thread(self._finish, "succeeded", None):
+            raise _LostJobError
+
+    async def _planned(self, task: Task, batch_size: int) -> JobPlan:
+        record = self._record
+        settled = None
+        if record.batch_size is not None and record.chunk_size is not None:
+            settled = Sizes(record.batch_size, record.chunk_size)
+        prepared = await self._engine.prepare(task, settled, batch_size)
+        sizes, fingerprint = prepared.sizes, prepared.fingerprint
+        if settled is None:
+            self._check_kept(await self._in_thread(self._plan, sizes, fingerprint))
+        elif record.fingerprint != fingerprint:
+            function = task.computation.function
+            raise ServiceError(
+                "FUNCTION_CHANGED",
+                f"functions/{function} is not what it was when the job began, or it "
+                "is differentiated or compiled in another way now. Bring that back, "
+                "and the job goes on; or register the new one as another version, and "
+                "submit the job again.",
+                function=f"functions/{function}",
+            )
+        return JobPlan(task, sizes.batch_size, sizes.chunk_size, fingerprint)
+
+    async def _compute(self, plan: JobPlan, *, require_finite: bool) -> None:
+        missing = (i for i in range(plan.chunk_count) if i not in self._done)
+        pending: set[asyncio.Task[ChunkReport]] = set()
+        syncing: asyncio.Task[None] | None = None
+
+        def fill() -> None:
+            while len(pending) < self._engine.width:
+                index = next(missing, None)
+                if index is None:
+                    return
+                run = self._engine.run(plan.chunk(index))
+                pending.add(asyncio.create_task(run))
+
+        fill()
+        try:
+            while pending:
+                finished, pending = await asyncio.wait(
+                    pending, return_when=asyncio.FIRST_COMPLETED
+                )
+                fill()
+                # Those that are done count, even where another one has failed.
+                for each in finished:
+                    if each.exception() is None:
+                        report = each.result()
+                        await self._commit(plan, report)
+                        if require_finite and report.first_non_finite is not None:
+                            raise _not_finite(plan, report.first_non_finite)
+                for each in finished:
+                    each.result()
+                if syncing is not None and syncing.done():
+                    syncing.result()
+                    syncing = None
+                if syncing is None and time.monotonic() > self._sync_at:
+                    syncing = asyncio.create_task(self._settle())
+            if syncing is not None:
+                await syncing
+        finally:
+            left = [*pending, *([] if syncing is None else [syncing])]
+            for each in left:
+                each.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+
+    async def _commit(self, plan: JobPlan, report: ChunkReport) -> None:
+        self._done.add(report.index)
+        self._advance()
+        now = time.monotonic()
+        self._recent.append((now, report.rows))
+        while now - self._recent[0][0] > _RATE_S and len(self._recent) > 2:
+            self._recent.popleft()
+        ready = min(self._ready * plan.chunk_size, plan.task.point_count)
+        chunk = ChunkRecord(
+            index=report.index,
+            rows=report.rows,
+            non_finite=report.non_finite,
+            first_non_finite=report.first_non_finite,
+            execute_s=report.execute_s,
+        )
+        is_kept = await self._in_thread(self._keep, chunk, self._rate(), ready)
+        self._check_kept(is_kept)
+        self._unsettled.append(report.index)
+        self._on_progress(self._uid)
+
+    def _advance(self) -> None:
+        while self._ready in self._done:
+            self._ready += 1
+
+    def _rate(self) -> float:
+        """Returns the rows per second of late; 0 before there are two chunks."""
+        first, last = self._recent[0][0], self._recent[-1][0]
+        rows = sum(rows for _, rows in self._recent) - self._recent[0][1]
+        return rows / (last - first) if last > first else 0.0
+
+    async def _settle(self) -> None:
+        """Sees to it that what is committed outlives the machine."""
+        committed, self._unsettled = self._unsettled, []
+        if self._task is not None and committed:
+            await self._engine.sync(self._task)
+            await self._in_thread(
+                self._table.settle, self._uid, self._server, committed
+            )
+        self._sync_at = time.monotonic() + _SYNC_S
+
+    def _check_kept(self, is_kept: bool) -> None:
+        if not is_kept:
+            raise _LostJobError
+
+    def _plan(self, sizes: Sizes, fingerprint: str) -> bool:
+        return self._table.plan(
+            self._uid,
+            self._server,
+            batch_size=sizes.batch_size,
+            chunk_size=sizes.chunk_size,
+            fingerprint=fingerprint,
+        )
+
+    def _keep(self, chunk: ChunkRecord, points_per_s: float, ready: int) -> bool:
+        return self._table.commit(
+            self._uid,
+            self._server,
+            chunk,
+            boot=boot_id() or "",
+            points_per_s=points_per_s,
+            ready_count=ready,
+        )
+
+    def _release(
+        self, error: bytes | None = None, retry_at: float | None = None
+    ) -> bool:
+        return self._table.release(
+            self._uid, self._server, error=error, retry_at=retry_at
+        )
+
+    def _finish(self, state: Any, error: bytes | None) -> bool:
+        return self._table.finish(self._uid, self._server, state, error=error)
+
+
+def boot_id() -> str | None:
+    """Identifies this start of this machine; None where that can't be told."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+
+
+def _not_finite(plan: JobPlan, row: int) -> ServiceError:
+    function = plan.task.computation.function
+    return ServiceError(
+        "RESULT_NOT_FINITE",
+        f"{', '.join(plan.task.computation.quantities)} of functions/{function} has "
+        f"NaN or Inf at point {row}. Pass other points, or leave require_finite out to "
+        "have it recorded.",
+        field="query.require_finite",
+        function=f"functions/{function}",
+        point=row,
+    )
