@@ -286,8 +286,6 @@ def encode_job_query(
 
 def _read(value: Any) -> Array | Source:
     if isinstance(value, Source):
-        _checked("path of a source", value.path, str)
-        _checked("array of a source", value.array, str)
         return value
     if not isinstance(value, os.PathLike):
         return np.asarray(value)
@@ -419,7 +417,8 @@ def _query(
         else:
             entry = query.inputs.add(name=label)
         if isinstance(x, Source):
-            entry.source.path, entry.source.array = x.path, x.array
+            entry.source.path = _checked("the path of a source", x.path, str)
+            entry.source.array = _checked("the array of a source", x.array, str)
             continue
         try:
             tensors.describe_into(entry.tensor, x)
