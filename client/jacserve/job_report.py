@@ -109,7 +109,7 @@ def follow(news: Iterable[JobInfo], stream: IO[str]) -> None:
             last one.
     """
     if stream.isatty():
-        _draw(news, Console(file=stream))
+        _draw(news, Console(file=stream, highlight=False))
     else:
         _list(news, stream)
 
@@ -198,6 +198,8 @@ def one_line(job: JobInfo) -> str:
         )
     if job.state == "running":
         text += f", {si(counts.points_per_s)} points/s, {_left(counts)}"
+    elif job.state == "queued" and job.error:
+        text += f": {job.error}"
     if counts.non_finite_count:
         text += f", {counts.non_finite_count:,} with NaN or Inf"
         if counts.first_non_finite is not None:
@@ -233,13 +235,14 @@ def duration(seconds: float) -> str:
     Returns:
         Two units at most.
     """
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if seconds < 3600:
-        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
-    if seconds < 86400:
-        return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
-    return f"{seconds // 86400:.0f} d {seconds % 86400 // 3600:.0f} h"
+    minutes, s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {s} s" if minutes else f"{s} s"
 
 
 def si(number: float) -> str:

@@ -40,7 +40,6 @@ from jacserve.vocabulary import JOB_STATES, JobState, Quantity
 _INTERRUPTED = 130
 _CANCELLED = 3
 _SECONDS = {"": 1, "s": 1, "min": 60, "h": 3600, "d": 86400}
-_NAMED = re.compile(r"(?:([^\W\d]\w*)=)?([^:]+)(?::(.*))?", re.DOTALL)
 
 Id = Annotated[str, typer.Argument(help="The job's id.")]
 
@@ -183,13 +182,16 @@ def _read_points(
 
 
 def _parse_source(text: str) -> tuple[str, Source]:
-    match = _NAMED.fullmatch(text)
-    if match is None:
+    name, has_name, rest = text.partition("=")
+    if not (has_name and name.isidentifier()):
+        name, rest = "", text
+    path, _, array = rest.partition(":")
+    if not path:
         raise ArrayTextError(
-            f"--source takes NAME=PATH or NAME=PATH:ARRAY, such as x=data/points.npy, "
+            "--source takes NAME=PATH or NAME=PATH:ARRAY, such as x=data/points.npy, "
             f"not {text}."
         )
-    return match[1] or "", Source(match[2], match[3] or "")
+    return name, Source(path, array)
 
 
 def _parse_time(text: str) -> float:
@@ -299,7 +301,7 @@ def fetch(
             raise ArrayTextError(f"job {id} has computed no points yet.")
         console = Console(stderr=True)
         with (
-            _interrupted(f"Interrupted. There is no {output}."),
+            _interrupted(f"Interrupted. {output} is not written."),
             Progress(
                 *(TextColumn("writing {task.fields[path]}"), BarColumn()),
                 TaskProgressColumn(),
