@@ -414,6 +414,11 @@ def test_a_job_outlives_its_server(tmp_path: Path) -> None:
             found += [chunk.result.value for chunk in chunks]
             thread.join(60)
             assert client.job("night-1").done()
+        with futures.ThreadPoolExecutor(1) as pool:
+            whole = pool.submit(job.result)
+            time.sleep(0.3)  # It meets no server.
+            with serving(registry, **settings):
+                np.testing.assert_array_equal(whole.result(60).value[:, 0], points)
     assert seen[-1] == "succeeded"
     np.testing.assert_array_equal(np.concatenate(found)[:, 0], points)
 
