@@ -11,6 +11,8 @@ from jacserve_server import RunningServer, serving
 # What was measured on this machine must not decide what the tests see.
 CACHE = tempfile.TemporaryDirectory(prefix="jacserve-tests-")
 os.environ["JACSERVE_CACHE_DIR"] = CACHE.name
+# Nor the jobs of whoever runs the tests.
+os.environ["JACSERVE_JOBS_DIR"] = f"{CACHE.name}/jobs"
 
 
 @pytest.fixture(scope="session")

@@ -131,6 +131,7 @@ def test_a_client_that_knows_only_reflection(functions: Path) -> None:
             "grpc.health.v1.Health",
             "grpc.reflection.v1alpha.ServerReflection",
             "jacserve.v1.JacobianService",
+            "jacserve.v1.JobService",
         }
         pool = DescriptorPool(database)
         service = pool.FindServiceByName("jacserve.v1.JacobianService")
