@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from jacserve.commands import app
 from jacserve.queries import EvaluateOptions
 from jacserve.vocabulary import QUANTITIES
 from jacserve_server.config import Config
@@ -40,11 +42,36 @@ def test_the_readme_server_answers_the_readme_client(tmp_path: Path) -> None:
         assert names["det"] == pytest.approx(2.0)
 
 
-def test_the_client_page(capsys: pytest.CaptureFixture[str]) -> None:
-    [code] = blocks("docs/client.md")
-    with server_process(ROOT / "examples" / "functions.py") as server:
-        exec(code.replace("localhost:50051", server.target), {})
-    assert "spherical(x: [3]) -> [3] ('forward', 'reverse')" in capsys.readouterr().out
+def test_the_client_page(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    points = np.random.default_rng(0).uniform(0.5, 1.5, size=(1000, 3))
+    np.save("points.npy", points)
+    asking, jobs = blocks("docs/client.md")
+    lines = re.findall(r"^\$ jacserve (jobs .*)$", "".join(
+        blocks("docs/client.md", "console")
+    ), re.M)  # fmt: skip
+    environment = {"JACSERVE_JOBS_DIR": str(tmp_path / "jobs")}
+    with server_process(ROOT / "examples" / "functions.py", **environment) as server:
+        names: dict[str, object] = {}
+        exec(asking.replace("localhost:50051", server.target), names)
+        shown = capsys.readouterr().out
+        assert "spherical(x: [3]) -> [3] ('forward', 'reverse')" in shown
+        exec(jobs.replace("localhost:50051", server.target), names)
+        shown = capsys.readouterr().out
+        assert "0 1000 (1000, 3, 3)" in shown
+        assert "succeeded 1.0" in shown
+        for line in lines:
+            arguments = [*line.split(), "--target", server.target]
+            done = CliRunner().invoke(app, arguments)
+            assert done.exit_code == 0, done.output
+    assert len(lines) == 6
+    saved = np.load("jacobians.npy")
+    np.testing.assert_array_equal(np.load("jacobians.npz")["jacobian"], saved)
+    np.testing.assert_allclose(saved[:, 2, 0], np.cos(points[:, 1]))
 
 
 def test_the_functions_page(tmp_path: Path) -> None:

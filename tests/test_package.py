@@ -16,7 +16,7 @@ from grpc_tools import protoc
 
 import jacserve
 import jacserve_server
-from jacserve.v1 import jacobian_pb2 as pb
+from jacserve.v1 import jacobian_pb2 as pb, jobs_pb2
 from jacserve_server import RunningServer
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +27,7 @@ def test_public_names_are_sorted_and_there(package) -> None:
     assert package.__all__ == sorted(package.__all__)
     for name in package.__all__:
         assert getattr(package, name).__module__.startswith(package.__name__) or (
-            name in {"Layout", "Mode", "ModeOption", "Quantity"}
+            name in {"JobState", "Layout", "Mode", "ModeOption", "Quantity"}
         )
 
 
@@ -47,9 +47,10 @@ def test_the_base_dependencies_are_closed() -> None:
     assert names == {"numpy", "grpcio", "protobuf", "googleapis-common-protos"}
 
 
-def test_every_element_of_the_contract_is_documented(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["jacobian", "jobs"])
+def test_every_element_of_the_contract_is_documented(tmp_path: Path, name: str) -> None:
     output = tmp_path / "contract"
-    proto = "jacserve/v1/jacobian.proto"
+    proto = f"jacserve/v1/{name}.proto"
     well_known = files("grpc_tools") / "_proto"
     google = Path(status_pb2.__file__).parents[2]
     options = ["--include_source_info", f"--descriptor_set_out={output}"]
@@ -92,6 +93,20 @@ def test_every_rpc_has_a_client_method() -> None:
     assert set(service.methods_by_name) == set(methods)
     for name in methods.values():
         assert callable(getattr(jacserve.Client, name))
+
+
+def test_every_rpc_of_jobs_has_a_method() -> None:
+    methods = {
+        "CreateJob": jacserve.Client.submit_job,
+        "GetJob": jacserve.Client.job,
+        "ListJobs": jacserve.Client.jobs,
+        "WatchJob": jacserve.Job.watch,
+        "CancelJob": jacserve.Job.cancel,
+        "DeleteJob": jacserve.Job.delete,
+        "ReadJobResult": jacserve.Job.read,
+    }
+    service = jobs_pb2.DESCRIPTOR.services_by_name["JobService"]
+    assert set(service.methods_by_name) == set(methods)
 
 
 def test_every_quantity_has_a_shorthand_and_a_property() -> None:

@@ -4,6 +4,7 @@ The client needs numpy, grpcio and protobuf, and nothing else.
 """
 
 from jacserve.async_client import AsyncClient
+from jacserve.async_jobs import AsyncJob
 from jacserve.checking import Check
 from jacserve.client import Client
 from jacserve.errors import (
@@ -26,21 +27,31 @@ from jacserve.functions import (
     ResultInfo,
     Sparsity,
 )
+from jacserve.job_messages import JobInfo, JobProgress
+from jacserve.job_reading import Chunk
+from jacserve.jobs import Job
+from jacserve.queries import Source
 from jacserve.results import Result, Timing
 from jacserve.sparse import Pattern, SparseMatrix
-from jacserve.vocabulary import Layout, Mode, ModeOption, Quantity
+from jacserve.vocabulary import JobState, Layout, Mode, ModeOption, Quantity
 
 __all__ = [
     "ArgumentInfo",
     "AsyncClient",
+    "AsyncJob",
     "CancelledError",
     "CapacityError",
     "Check",
+    "Chunk",
     "Client",
     "DeadlineError",
     "FunctionInfo",
     "InvalidRequestError",
     "JacobianError",
+    "Job",
+    "JobInfo",
+    "JobProgress",
+    "JobState",
     "Layout",
     "MeasuredStrategy",
     "Mode",
@@ -54,6 +65,7 @@ __all__ = [
     "Result",
     "ResultInfo",
     "ServerError",
+    "Source",
     "SparseMatrix",
     "Sparsity",
     "Timing",

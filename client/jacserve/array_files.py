@@ -25,7 +25,11 @@ class ArrayTextError(ValueError):
 
 
 def read_inputs(
-    texts: Sequence[str], function: FunctionInfo, dtype: str | None
+    texts: Sequence[str],
+    function: FunctionInfo,
+    dtype: str | None,
+    *,
+    mapped: bool = False,
 ) -> tuple[Array, ...] | dict[str, Array]:
     """Reads the inputs of a call.
 
@@ -35,6 +39,7 @@ def read_inputs(
             .npy file.
         function: The function, which gives JSON numbers their dtype.
         dtype: The dtype of JSON numbers; None for the widest that is accepted.
+        mapped: Maps .npy files into memory instead of reading them.
 
     Returns:
         The arrays, in order or by name.
@@ -56,7 +61,9 @@ def read_inputs(
         match = _NAMED.fullmatch(text)
         at = dict(accepted).get(match[1]) if match else None
         dtypes = at or accepted[min(place, len(accepted) - 1)][1]
-        array = _read_array(match[2] if match else text, (dtype,) if dtype else dtypes)
+        array = _read_array(
+            match[2] if match else text, (dtype,) if dtype else dtypes, mapped=mapped
+        )
         if match:
             named.append((match[1], array))
         else:
@@ -103,9 +110,9 @@ def read_cotangents(
         ) from error
 
 
-def _read_array(text: str, dtypes: Sequence[str]) -> Array:
+def _read_array(text: str, dtypes: Sequence[str], *, mapped: bool = False) -> Array:
     if Path(text).suffix == ".npy":
-        return _load(text)
+        return _load(text, mapped=mapped)
     try:
         array = _from_json(text)
         target = tensors.cast_target(array.dtype.name, dtypes)
@@ -132,9 +139,9 @@ def _from_json(text: str) -> Array:
     return array
 
 
-def _load(path: str) -> Any:
+def _load(path: str, *, mapped: bool = False) -> Any:
     try:
-        loaded: Any = np.load(path, allow_pickle=False)
+        loaded: Any = np.load(path, "r" if mapped else None, allow_pickle=False)
         arrays = dict(loaded) if path.endswith(".npz") else {"": loaded}
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ArrayTextError(f"{path} can't be read: {error}") from error

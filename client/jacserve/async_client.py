@@ -18,6 +18,7 @@ from typing import Any, Self, Unpack
 
 import grpc.aio
 
+from jacserve.async_jobs import AsyncJob, AsyncJobCalls
 from jacserve.channels import (
     DEFAULT_TARGET,
     EVALUATE,
@@ -41,9 +42,12 @@ from jacserve.functions import (
     decode_function,
     decode_sparsity,
 )
+from jacserve.job_messages import JobInfo, OnError, encode_job
 from jacserve.queries import (
     EvaluateOptions,
     Inputs,
+    JobInputs,
+    JobOptions,
     Options,
     QueryEncoder,
     encode_sparsity_request,
@@ -52,7 +56,7 @@ from jacserve.queries import (
 from jacserve.results import Result
 from jacserve.tensors import Array
 from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
-from jacserve.vocabulary import Quantity
+from jacserve.vocabulary import JobState, Quantity
 
 
 class AsyncClient:
@@ -89,6 +93,7 @@ class AsyncClient:
         )
         self._encoder = QueryEncoder()
         self._memory = Memory()
+        self._jobs = AsyncJobCalls(self._channel, target, timeout_s)
 
     async def __aenter__(self) -> Self:
         """Returns the client itself."""
@@ -216,6 +221,47 @@ class AsyncClient:
             return self.evaluate(function, inputs, quantities=quantities, **options)
 
         return _in_order(evaluate, batches, window)
+
+    async def submit_job(
+        self,
+        function: str,
+        inputs: JobInputs,
+        *,
+        quantities: Quantity | Sequence[Quantity] = ("value", "jacobian"),
+        id: str | None = None,
+        batch_size: int | None = None,
+        output: str | None = None,
+        ttl_s: float | None = None,
+        on_error: OnError = "record",
+        timeout_s: float | None = None,
+        **options: Unpack[JobOptions],
+    ) -> AsyncJob:
+        """Submits a batch job; see `Client.submit_job`."""
+        request = encode_job(
+            function,
+            inputs,
+            quantities,
+            options,
+            id=id,
+            batch_size=batch_size,
+            output=output,
+            ttl_s=ttl_s,
+            on_error=on_error,
+        )
+        return await self._jobs.submit(request, timeout_s)
+
+    async def job(self, id: str, *, timeout_s: float | None = None) -> AsyncJob:
+        """Finds a job, whoever has submitted it; see `Client.job`."""
+        return await self._jobs.find(id, timeout_s)
+
+    async def jobs(
+        self,
+        states: JobState | Sequence[JobState] = (),
+        *,
+        timeout_s: float | None = None,
+    ) -> list[JobInfo]:
+        """Lists the jobs, the newest first; see `Client.jobs`."""
+        return await self._jobs.list(states, timeout_s)
 
     async def _send(self, timeout_s: float | None, step: Step) -> Answer:
         ask = step.ask

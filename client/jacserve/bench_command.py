@@ -21,6 +21,7 @@ from jacserve.bench_report import Report, as_json, print_report
 from jacserve.benching import TURNS, BenchError, Level, Settings
 from jacserve.channels import DEFAULT_TARGET
 from jacserve.command_line import (
+    Name,
     Target,
     Timeout,
     connected,
@@ -35,7 +36,7 @@ _MOST_CALLERS = 1024
 
 
 def bench(
-    name: Annotated[str, typer.Argument(help="The function: NAME or NAME@VERSION.")],
+    name: Name,
     sizes: Annotated[
         list[str] | None,
         typer.Option(

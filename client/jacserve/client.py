@@ -36,9 +36,13 @@ from jacserve.functions import (
     decode_function,
     decode_sparsity,
 )
+from jacserve.job_messages import JobInfo, OnError, encode_job
+from jacserve.jobs import Job, JobCalls
 from jacserve.queries import (
     EvaluateOptions,
     Inputs,
+    JobInputs,
+    JobOptions,
     QueryEncoder,
     encode_sparsity_request,
     timeout_of,
@@ -46,7 +50,7 @@ from jacserve.queries import (
 from jacserve.results import Result
 from jacserve.session import Session
 from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
-from jacserve.vocabulary import Quantity
+from jacserve.vocabulary import JobState, Quantity
 
 
 class Client(Evaluator):
@@ -99,6 +103,7 @@ class Client(Evaluator):
         )
         self._encoder = QueryEncoder()
         self._memory = Memory()
+        self._jobs = JobCalls(self._channel, target, timeout_s)
 
     def __enter__(self) -> Self:
         """Returns the client itself."""
@@ -338,6 +343,100 @@ class Client(Evaluator):
             timeout_s=self._timeout_s,
             window=window,
         )
+
+    def submit_job(
+        self,
+        function: str,
+        inputs: JobInputs,
+        *,
+        quantities: Quantity | Sequence[Quantity] = ("value", "jacobian"),
+        id: str | None = None,
+        batch_size: int | None = None,
+        output: str | None = None,
+        ttl_s: float | None = None,
+        on_error: OnError = "record",
+        timeout_s: float | None = None,
+        **options: Unpack[JobOptions],
+    ) -> Job:
+        """Submits a batch job: a query about more points than one call carries.
+
+        The server computes it chunk by chunk, keeps what is computed, and goes on by
+        itself after it was started anew.
+
+        Args:
+            function: A registered name.
+            inputs: As for `evaluate`. An array may also be the `pathlib.Path` of an
+                .npy file, which is mapped into memory and sent piece by piece; or a
+                `Source`, which the server reads from its storage.
+            quantities: As for `evaluate`.
+            id: Its id, of up to 63 letters, digits, "-", "_" and "."; None for a new
+                one. To submit the same again with the same id returns the job that
+                there is.
+            batch_size: The points to compute at once; None has the server measure
+                what is best.
+            output: Where the results go: a storage root of the server and the path of
+                a new Zarr store in it, such as "results/night-1.zarr". None for the
+                server's own.
+            ttl_s: Seconds that the job is kept after it has ended; None for the
+                server's default.
+            on_error: "record" counts the points that give NaN or Inf and marks them in
+                `Result.finite_points`; "fail" has the first of them fail the job.
+            timeout_s: Seconds to send the points in; the call is repeated while the
+                server is away.
+            **options: See `jacserve.queries.JobOptions`.
+
+        Returns:
+            The job, which may be queued yet.
+
+        Raises:
+            InvalidRequestError: A word, an array or a source is wrong.
+            PreconditionError: Another job has that id, of reason "JOB_ALREADY_EXISTS".
+            CapacityError: The server keeps as many jobs as it may.
+        """
+        request = encode_job(
+            function,
+            inputs,
+            quantities,
+            options,
+            id=id,
+            batch_size=batch_size,
+            output=output,
+            ttl_s=ttl_s,
+            on_error=on_error,
+        )
+        return self._jobs.submit(request, timeout_s)
+
+    def job(self, id: str, *, timeout_s: float | None = None) -> Job:
+        """Finds a job, whoever has submitted it.
+
+        Args:
+            id: Its id.
+            timeout_s: Seconds for the call.
+
+        Returns:
+            The job.
+
+        Raises:
+            NotFoundError: No job has that id.
+        """
+        return self._jobs.find(id, timeout_s)
+
+    def jobs(
+        self,
+        states: JobState | Sequence[JobState] = (),
+        *,
+        timeout_s: float | None = None,
+    ) -> list[JobInfo]:
+        """Lists the jobs, the newest first.
+
+        Args:
+            states: Only those in these states; all by default.
+            timeout_s: Seconds for each page of the list.
+
+        Returns:
+            What the server says of each.
+        """
+        return self._jobs.list(states, timeout_s)
 
     def _send(
         self, timeout_s: float | None, step: Step, calls: "_Calls | None" = None

@@ -13,6 +13,7 @@ from jacserve.benching import BenchError
 from jacserve.client import Client
 from jacserve.errors import JacobianError
 from jacserve.pictures import PictureError
+from jacserve.vocabulary import QUANTITIES, Layout, ModeOption
 
 Target = Annotated[
     str,
@@ -25,6 +26,62 @@ Timeout = Annotated[
     typer.Option(
         "--timeout", help="Seconds to wait for the answer.", show_default="no limit"
     ),
+]
+Name = Annotated[str, typer.Argument(help="The function: NAME or NAME@VERSION.")]
+Quantities = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--quantity",
+        "-q",
+        help=f"What to compute: {', '.join(QUANTITIES)}. May be repeated.",
+        show_default="value and jacobian",
+    ),
+]
+Wrt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--wrt",
+        help="An argument to differentiate with respect to; may be repeated.",
+        show_default="all",
+    ),
+]
+Mode = Annotated[ModeOption, typer.Option("--mode", help="How to differentiate.")]
+MatrixLayout = Annotated[
+    Layout | None,
+    typer.Option(
+        "--layout",
+        help="Shape of derivatives.",
+        show_default="matrix, or csr in sparse mode",
+    ),
+]
+Tangents = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tangent",
+        help="v of jvp and hvp, as an input is given.",
+        show_default="none",
+    ),
+]
+Cotangents = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--cotangent",
+        help="u of vjp: an array as an input is given, or PATH= and one, where "
+        "PATH is a key or index of the result, or several joined by dots.",
+        show_default="none",
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="Dtype of JSON numbers.",
+        show_default="the widest the function takes",
+    ),
+]
+Cast = Annotated[
+    bool,
+    typer.Option("--cast", help="Let the server convert inputs of a dtype it refuses."),
 ]
 
 
@@ -68,6 +125,9 @@ def connected(target: str) -> Generator[Client]:
     try:
         with Client(target) as client:
             yield client
-    except (JacobianError, ArrayTextError, BenchError, PictureError) as error:
+    # An ImportError says what to install for what was asked.
+    except (
+        *(JacobianError, ArrayTextError, BenchError, PictureError, ImportError),
+    ) as error:
         print(f"jacserve: {error}", file=sys.stderr)
         raise typer.Exit(1) from error

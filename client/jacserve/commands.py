@@ -19,17 +19,27 @@ from jacserve import array_files, pictures
 from jacserve.bench_command import bench
 from jacserve.channels import DEFAULT_TARGET
 from jacserve.command_line import (
+    Cast,
+    Cotangents,
+    Dtype,
+    MatrixLayout,
+    Mode,
+    Name,
+    Quantities,
+    Tangents,
     Target,
     Timeout,
+    Wrt,
     connected,
     parse_sizes,
     stdout_console,
 )
 from jacserve.functions import FunctionInfo, Sparsity
+from jacserve.jobs_command import jobs
 from jacserve.queries import EvaluateOptions
 from jacserve.results import Result
 from jacserve.tensors import format_shape
-from jacserve.vocabulary import QUANTITIES, Layout, ModeOption, Quantity
+from jacserve.vocabulary import Quantity
 
 app = typer.Typer(
     name="jacserve",
@@ -73,7 +83,7 @@ def list_functions(target: Target = DEFAULT_TARGET, timeout: Timeout = None) -> 
 
 @app.command()
 def describe(
-    name: Annotated[str, typer.Argument(help="The function: NAME or NAME@VERSION.")],
+    name: Name,
     sparsity: Annotated[
         bool, typer.Option("--sparsity", help="Show where J can be other than zero.")
     ] = False,
@@ -182,7 +192,7 @@ def _print_description(function: FunctionInfo, console: Console) -> None:
 
 @app.command("eval")
 def evaluate(
-    name: Annotated[str, typer.Argument(help="The function: NAME or NAME@VERSION.")],
+    name: Name,
     inputs: Annotated[
         list[str],
         typer.Option(
@@ -192,58 +202,14 @@ def evaluate(
             ".npz file of arrays by name. Once for each argument.",
         ),
     ],
-    quantities: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--quantity",
-            "-q",
-            help=f"What to compute: {', '.join(QUANTITIES)}. May be repeated.",
-            show_default="value and jacobian",
-        ),
-    ] = None,
-    wrt: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="An argument to differentiate with respect to; may be repeated.",
-            show_default="all",
-        ),
-    ] = None,
-    mode: Annotated[ModeOption, typer.Option(help="How to differentiate.")] = "auto",
-    layout: Annotated[
-        Layout | None,
-        typer.Option(
-            help="Shape of derivatives.", show_default="matrix, or csr in sparse mode"
-        ),
-    ] = None,
-    tangents: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--tangent",
-            help="v of jvp and hvp, as an input is given.",
-            show_default="none",
-        ),
-    ] = None,
-    cotangents: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--cotangent",
-            help="u of vjp: an array as an input is given, or PATH= and one, where "
-            "PATH is a key or index of the result, or several joined by dots.",
-            show_default="none",
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Dtype of JSON numbers.", show_default="the widest the function takes"
-        ),
-    ] = None,
-    cast: Annotated[
-        bool,
-        typer.Option(
-            "--cast", help="Let the server convert inputs of a dtype it refuses."
-        ),
-    ] = False,
+    quantities: Quantities = None,
+    wrt: Wrt = None,
+    mode: Mode = "auto",
+    layout: MatrixLayout = None,
+    tangents: Tangents = None,
+    cotangents: Cotangents = None,
+    dtype: Dtype = None,
+    cast: Cast = False,
     require_finite: Annotated[
         bool, typer.Option("--require-finite", help="Fail on NaN and Inf.")
     ] = False,
@@ -312,3 +278,4 @@ def _print_result(result: Result, console: Console) -> None:
 
 
 app.command()(bench)
+app.add_typer(jobs, name="jobs")

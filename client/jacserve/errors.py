@@ -2,7 +2,7 @@
 
 JacobianError                    every failure of a call
 ├── InvalidRequestError          a bad argument              (also a ValueError)
-├── NotFoundError                an unknown function         (also a LookupError)
+├── NotFoundError                an unknown function or job  (also a LookupError)
 ├── PreconditionError            the call can't be answered as it was asked
 │   └── NonFiniteError           NaN or Inf was refused      (also an ArithmeticError)
 ├── CapacityError                too large for the server
@@ -61,7 +61,7 @@ class InvalidRequestError(JacobianError, ValueError):
 
 
 class NotFoundError(JacobianError, LookupError):
-    """No function has that name and version."""
+    """No function has that name and version, or no job has that id."""
 
 
 class PreconditionError(JacobianError):
@@ -105,6 +105,10 @@ class ServerError(JacobianError):
 BY_REASON: Mapping[str, type[JacobianError]] = {
     "RESULT_NOT_FINITE": NonFiniteError,
     "QUEUE_FULL": OverloadedError,
+    # Not the one who calls is refused, but the path that was named.
+    "SOURCE_FORBIDDEN": InvalidRequestError,
+    # The server answers: it is its storage that does not.
+    "STORAGE_UNAVAILABLE": PreconditionError,
 }
 
 BY_CODE: Mapping[str, type[JacobianError]] = {

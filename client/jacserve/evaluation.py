@@ -5,7 +5,7 @@ asyncio client and sessions all drive it, so that nothing is decided twice.
 """
 
 from collections.abc import Awaitable, Callable, Generator, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from google.protobuf.message import DecodeError
 
@@ -15,7 +15,7 @@ from jacserve.results import Result, ResultDecoder, decode_opened
 from jacserve.sparse import Pattern, PatternCache
 from jacserve.streaming import Assembly, StreamError, read_head
 from jacserve.tensors import spec_of
-from jacserve.v1 import jacobian_pb2 as pb
+from jacserve.v1 import jacobian_pb2 as pb, jobs_pb2
 
 
 class Step(NamedTuple):
@@ -152,8 +152,19 @@ def unreadable(error: Exception) -> ServerError:
 class Receiver:
     """Takes a result in parts."""
 
-    def __init__(self) -> None:
-        """Has none yet."""
+    def __init__(
+        self,
+        kind: type[
+            pb.EvaluateStreamResponse | jobs_pb2.ReadJobResultResponse
+        ] = pb.EvaluateStreamResponse,
+    ) -> None:
+        """Has none yet.
+
+        Args:
+            kind: Of what type the parts are.
+        """
+        # Either has the same head.
+        self._kind = cast("type[pb.EvaluateStreamResponse]", kind)
         self._head: pb.Result | None = None
         self._assembly: Assembly | None = None
 
@@ -161,7 +172,7 @@ class Receiver:
         """Takes the next part.
 
         Args:
-            raw: A serialized EvaluateStreamResponse.
+            raw: The part, serialized.
 
         Raises:
             ServerError: It is not the part that comes next.
@@ -170,11 +181,14 @@ class Receiver:
             if self._assembly is not None:
                 self._assembly.feed(raw)
             else:
-                part, holes = read_head(raw, pb.EvaluateStreamResponse)
-                for output in part.head.outputs:
-                    # Before any of it is allocated.
-                    spec_of(output.tensor, output.tensor.streamed_bytes)
-                self._head = part.head
+                part, holes = read_head(raw, self._kind)
+                head = part.head
+                found = [output.tensor for output in head.outputs]
+                if head.HasField("finite_points"):
+                    found.append(head.finite_points)
+                for tensor in found:
+                    spec_of(tensor, tensor.streamed_bytes)  # Before it is allocated.
+                self._head = head
                 self._assembly = Assembly(raw, holes)
         except (DecodeError, ValueError, MemoryError) as error:
             raise unreadable(error) from error

@@ -1,9 +1,11 @@
 """What a call asks for, as a `Query` message: shared by all clients."""
 
 import math
+import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypedDict, TypeVar, cast
 
 import numpy as np
@@ -31,6 +33,35 @@ N = TypeVar("N", bound=int)
 _LONGEST_TIMEOUT_S = 1e9
 
 Inputs = npt.ArrayLike | tuple[npt.ArrayLike, ...] | Mapping[str, npt.ArrayLike]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An array in the server's storage, which a job reads from there.
+
+    Attributes:
+        path: A storage root of the server, and a path in it, such as
+            "data/points.npy": an .npy, .npz, .zarr or .parquet.
+        array: Which array of it: its name in an .npz file or a Zarr group; the
+            column of a Parquet file, or several scalar columns, separated by commas,
+            which form the last axis. Empty where there is one array only, and for
+            all columns.
+    """
+
+    path: str
+    array: str = ""
+
+    def __array__(self, *_: Any, **__: Any) -> Array:
+        """Refuses: its numbers are on the server.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError("a Source is read by the server, for a job. Use submit_job")
+
+
+JobArray = npt.ArrayLike | Source | Path
+JobInputs = JobArray | tuple[JobArray, ...] | Mapping[str, JobArray]
 
 
 class Options(TypedDict, total=False):
@@ -81,6 +112,35 @@ class EvaluateOptions(Options, total=False):
     cotangents: Any
 
 
+def sparse_layout_of(query: pb.Query) -> SparseLayout | None:
+    """Returns the layout of sparse matrices, if a query asks for them."""
+    if query.layout == pb.LAYOUT_COO:
+        return "coo"
+    is_default = query.layout == pb.LAYOUT_UNSPECIFIED and query.mode == pb.MODE_SPARSE
+    return "csr" if query.layout == pb.LAYOUT_CSR or is_default else None
+
+
+class JobOptions(TypedDict, total=False):
+    """How a job is computed: each as in `EvaluateOptions`.
+
+    Attributes:
+        wrt: Names of the arguments to differentiate with respect to.
+        mode: "auto", "forward", "reverse" or "sparse".
+        layout: "matrix", "blocks", "csr" or "coo".
+        cast: Lets the server convert inputs whose dtype the function does not
+            accept.
+        tangents: v of J v and H v; may also be read by the server, or from a file.
+        cotangents: u of u^T J; likewise.
+    """
+
+    wrt: str | Sequence[str]
+    mode: ModeOption
+    layout: Layout
+    cast: bool
+    tangents: JobInputs
+    cotangents: Any
+
+
 class Form:
     """All of a query but its numbers, as many queries share it.
 
@@ -103,13 +163,7 @@ class Form:
     @property
     def sparse_layout(self) -> SparseLayout | None:
         """The layout of sparse matrices, if the query asks for them."""
-        query = self.query
-        if query.layout == pb.LAYOUT_COO:
-            return "coo"
-        is_default = (
-            query.layout == pb.LAYOUT_UNSPECIFIED and query.mode == pb.MODE_SPARSE
-        )
-        return "csr" if query.layout == pb.LAYOUT_CSR or is_default else None
+        return sparse_layout_of(self.query)
 
     def naming(self, patterns: Iterable[str]) -> "Form":
         """Returns the form that names these sparsity patterns."""
@@ -174,12 +228,7 @@ class QueryEncoder:
             InvalidRequestError: A word or an array can't be sent.
             TypeError: There is no such option, or a value is of the wrong type.
         """
-        if not options.keys() <= _OPTIONS:
-            unknown = options.keys() - _OPTIONS
-            raise TypeError(
-                f"there is no option {', '.join(sorted(unknown))}; there are "
-                f"{', '.join(EvaluateOptions.__annotations__)}"
-            )
+        _check_options(options, _OPTIONS)
         given = _given(inputs, options)
         kind = (
             function,
@@ -199,11 +248,71 @@ class QueryEncoder:
         return Ask(form, [x for _, _, x in given if x.size])
 
 
+def encode_job_query(
+    function: str,
+    inputs: JobInputs,
+    quantities: Quantity | Sequence[Quantity],
+    options: JobOptions,
+    *,
+    require_finite: bool,
+) -> tuple[pb.Query, list[Array]]:
+    """Makes the query of a job.
+
+    Args:
+        function: The function's name, with a version or without.
+        inputs: As for `QueryEncoder.encode`; an array may also be a `Source`, or the
+            path of an .npy file, which is mapped into memory.
+        quantities: What to compute; one or several.
+        options: How to compute it.
+        require_finite: Whether NaN or Inf fails the job.
+
+    Returns:
+        The hollow message, and those of its arrays that have any bytes.
+
+    Raises:
+        InvalidRequestError: A word or an array can't be sent.
+        OSError: A file can't be read.
+        TypeError: There is no such option, or a value is of the wrong type.
+    """
+    _check_options(options, JobOptions.__annotations__.keys())
+    given = _given(inputs, options, _read)
+    form_options = cast(
+        "EvaluateOptions", {**options, "require_finite": require_finite}
+    )
+    query = _query(function, quantities, form_options, given)
+    arrays = [x for _, _, x in given if not isinstance(x, Source)]
+    return query, [x for x in arrays if x.size]
+
+
+def _read(value: Any) -> Array | Source:
+    if isinstance(value, Source):
+        return value
+    if not isinstance(value, os.PathLike):
+        return np.asarray(value)
+    path = Path(cast("os.PathLike[str]", value))
+    if path.suffix != ".npy":
+        raise ValueError(
+            f"{path} is no .npy file. Load it, and pass its arrays; or have the server "
+            "read it, as a Source"
+        )
+    # So that a file of any size takes no memory.
+    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+
+
+def _check_options(options: Mapping[str, Any], known: Set[str]) -> None:
+    if not options.keys() <= known:
+        unknown = options.keys() - known
+        raise TypeError(
+            f"there is no option {', '.join(sorted(unknown))}; there are "
+            f"{', '.join(known)}"
+        )
+
+
 _OPTIONS = EvaluateOptions.__annotations__.keys()
 _SETTINGS = ("wrt", "mode", "layout", "cast", "require_finite", "exact")
 
 # Which part of the query an array belongs to, how the part calls it, and the array.
-_Given = tuple[str, Any, Array]
+_Given = tuple[str, Any, Any]
 
 
 def _settled(value: Any) -> Any:
@@ -217,26 +326,32 @@ def _is_array(inputs: object) -> bool:
     return isinstance(inputs, np.ndarray)
 
 
-def _given(inputs: Inputs, options: EvaluateOptions) -> list[_Given]:
+def _given(
+    inputs: Inputs | JobInputs,
+    options: EvaluateOptions | JobOptions,
+    read: Callable[[Any], Any] = np.asarray,
+) -> list[_Given]:
     if not options and _is_array(inputs):  # The usual case, at once.
         return [("inputs", "", np.asarray(cast("Any", inputs)))]
-    found = _arrays("inputs", _named("inputs", inputs))
+    found = _arrays("inputs", _named("inputs", inputs), read)
     if "tangents" in options:
-        found += _arrays("tangents", _named("tangents", options["tangents"]))
+        found += _arrays("tangents", _named("tangents", options["tangents"]), read)
     if "cotangents" in options:
         tree = options["cotangents"]
         # A list is an array here, as everywhere: only tuples and mappings are trees.
         is_tree = isinstance(tree, tuple | Mapping)
         leaves = trees.flatten(tree) if is_tree else [((), tree)]
-        found += _arrays("cotangents", leaves)
+        found += _arrays("cotangents", leaves, read)
     return found
 
 
-def _arrays(group: str, labelled: Iterable[tuple[Any, Any]]) -> list[_Given]:
+def _arrays(
+    group: str, labelled: Iterable[tuple[Any, Any]], read: Callable[[Any], Any]
+) -> list[_Given]:
     found: list[_Given] = []
     for label, value in labelled:
         try:
-            found.append((group, label, np.asarray(value)))
+            found.append((group, label, read(value)))
         except (TypeError, ValueError) as error:
             raise _not_an_array(group, len(found), label, error) from error
     return found
@@ -263,16 +378,26 @@ def _form(
     function: str,
     quantities: Quantity | Sequence[Quantity],
     options: EvaluateOptions,
-    given: Iterable[_Given],
+    given: Sequence[_Given],
 ) -> Form:
+    query = _query(function, quantities, options, given)
+    return Form(query, sum(x.nbytes for _, _, x in given))
+
+
+def _query(
+    function: str,
+    quantities: Quantity | Sequence[Quantity],
+    options: EvaluateOptions,
+    given: Iterable[_Given],
+) -> pb.Query:
     query = pb.Query(
         function=_checked("function", function, str),
         quantities=[
-            _number(QUANTITIES, "quantities", word)
+            number_of(QUANTITIES, "quantities", word)
             for word in _words("quantities", quantities)
         ],
         wrt=_words("wrt", options.get("wrt") or ()),
-        mode=_number(MODE_OPTIONS, "mode", options.get("mode", "auto")),
+        mode=number_of(MODE_OPTIONS, "mode", options.get("mode", "auto")),
         cast=_checked("cast", options.get("cast", False), bool),
         require_finite=_checked(
             "require_finite", options.get("require_finite", False), bool
@@ -280,9 +405,8 @@ def _form(
         exact=_checked("exact", options.get("exact", False), bool),
     )
     if "layout" in options:
-        query.layout = _number(LAYOUTS, "layout", options["layout"])
+        query.layout = number_of(LAYOUTS, "layout", options["layout"])
     places: Counter[str] = Counter()
-    size_bytes = 0
     for group, label, x in given:
         place = places[group]
         places[group] += 1
@@ -292,12 +416,15 @@ def _form(
             entry = query.tangents.add(name=label)
         else:
             entry = query.inputs.add(name=label)
+        if isinstance(x, Source):
+            entry.source.path = _checked("the path of a source", x.path, str)
+            entry.source.array = _checked("the array of a source", x.array, str)
+            continue
         try:
             tensors.describe_into(entry.tensor, x)
         except (TypeError, ValueError) as error:
             raise _not_an_array(group, place, label, error) from error
-        size_bytes += x.nbytes
-    return Form(query, size_bytes)
+    return query
 
 
 def encode_sparsity_request(
@@ -328,7 +455,7 @@ def encode_sparsity_request(
             for name, size in sizes.items()
         },
         wrt=_words("wrt", wrt),
-        quantity=_number(QUANTITIES, "quantity", quantity),
+        quantity=number_of(QUANTITIES, "quantity", quantity),
     )
 
 
@@ -353,7 +480,7 @@ def timeout_of(timeout_s: float | None, default_s: float | None) -> float | None
     return timeout_s
 
 
-def _named(label: str, inputs: Inputs) -> list[tuple[str, Any]]:
+def _named(label: str, inputs: Inputs | JobInputs) -> list[tuple[str, Any]]:
     if isinstance(inputs, Mapping):
         return [
             (_checked(f"a name of {label}", name, str), array)
@@ -379,7 +506,20 @@ def _words(label: str, words: str | Sequence[str]) -> list[str]:
     return [_checked(label, word, str) for word in words]
 
 
-def _number(words: Mapping[str, N], field: str, word: str) -> N:
+def number_of(words: Mapping[str, N], field: str, word: str) -> N:
+    """Returns the number of the wire for a word of a caller.
+
+    Args:
+        words: One of the vocabulary's tables.
+        field: The field that it is for.
+        word: The word.
+
+    Returns:
+        The number.
+
+    Raises:
+        InvalidRequestError: There is no such word.
+    """
     if word not in words:
         raise InvalidRequestError(
             f"{field} has {word!r}, which does not exist. Take one of "

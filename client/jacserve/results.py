@@ -56,6 +56,7 @@ class _Outline:
     bucket: int | None
     coalesced_count: int
     is_flat: bool  # Whether each quantity is one array.
+    finite_points: TensorSpec | None
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -77,6 +78,7 @@ class Result:
     shared_patterns: Sequence[Pattern]
     _outline: _Outline
     _timing: pb.Timing
+    _finite_points: Array | None
 
     @property
     def function(self) -> str:
@@ -102,6 +104,14 @@ class Result:
     def finite(self) -> bool:
         """Whether every number of the answer is finite."""
         return self._outline.finite
+
+    @property
+    def finite_points(self) -> Array | None:
+        """For each point, whether all of its numbers are finite: bool [b].
+
+        Only of a job; None otherwise.
+        """
+        return self._finite_points
 
     @property
     def device(self) -> str:
@@ -335,7 +345,18 @@ def _outline(message: pb.Result) -> _Outline:
         bucket=message.bucket if message.HasField("bucket") else None,
         coalesced_count=message.coalesced_count,
         is_flat=all(leaf.path == () for leaf in leaves),
+        finite_points=_finite_points_spec(message),
     )
+
+
+def _finite_points_spec(message: pb.Result) -> TensorSpec | None:
+    if not message.HasField("finite_points"):
+        return None
+    tensor = message.finite_points
+    spec = spec_of(tensor, tensor.streamed_bytes)
+    if (spec.dtype.kind, len(spec.shape)) != ("b", 1):
+        raise ValueError("the finite points of a result are not a row of bool")
+    return spec
 
 
 def _result(
@@ -358,6 +379,11 @@ def _result(
             leaf.pattern: every[leaf.pattern] for leaf in outline.leaves if leaf.pattern
         }
         arrays = list(map(partial(_sparse, patterns), outline.leaves, arrays))
+    finite_points = None
+    if (spec := outline.finite_points) is not None:
+        # Their field comes last.
+        flags = spec.array(next(payloads) if spec.shape[0] else b"")
+        finite_points = flags if flags.flags.writeable else flags.copy()
     if outline.is_flat:
         names = [leaf.quantity for leaf in outline.leaves]
         quantities = dict(zip(names, arrays, strict=True))
@@ -366,7 +392,8 @@ def _result(
         for leaf, array in zip(outline.leaves, arrays, strict=True):
             leaves.setdefault(leaf.quantity, []).append((leaf.path, array))
         quantities = {name: trees.unflatten(found) for name, found in leaves.items()}
-    return Result(quantities, layout, tuple(patterns.values()), outline, timing)
+    shared = tuple(patterns.values())
+    return Result(quantities, layout, shared, outline, timing, finite_points)
 
 
 def _sparse(patterns: Mapping[str, Pattern], leaf: _Leaf, array: Array) -> Any:

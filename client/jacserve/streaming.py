@@ -1,7 +1,8 @@
 """Messages in parts: a head, then the bytes of its tensors in pieces.
 
 `parts` makes them of a hollow message and `Assembly` puts them together again, into
-buffers that are made once. Both directions of EvaluateStream go the same way.
+buffers that are made once. Both directions of EvaluateStream go the same way, and so
+do the points of a job and its results: all their parts have the same two fields.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,13 +34,13 @@ def parts(hollow: Message, payloads: Sequence[Array]) -> Iterator[bytes]:
     """Yields a message in parts.
 
     Args:
-        hollow: A Query or a Result whose tensors have `streamed_bytes`.
+        hollow: A Query, Result or JobSpec whose tensors have `streamed_bytes`.
         payloads: The bytes of those that have any, each in one row, in the order of
             the message's fields.
 
     Yields:
-        EvaluateStreamRequests or EvaluateStreamResponses, serialized. Where all
-        tensors together fit into one piece, the head has them.
+        The parts, serialized. Where all tensors together fit into one piece, the head
+        has them.
     """
     if sum(len(payload) for payload in payloads) <= PIECE_BYTES:
         whole = Frame(hollow).filled(payloads)

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
-from jacserve.v1 import jacobian_pb2 as pb
+from jacserve.v1 import jacobian_pb2 as pb, jobs_pb2
 
 Quantity = Literal[
     "value",
@@ -35,6 +35,7 @@ Curvature = Literal[
 Mode = Direction | Literal["sparse"] | Curvature
 ModeOption = Literal["auto", "forward", "reverse", "sparse"]
 Layout = Literal["matrix", "blocks", "csr", "coo"]
+JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 
 
 def _words(enum: EnumTypeWrapper, prefix: str) -> Mapping[str, Any]:
@@ -51,10 +52,11 @@ MODE_OPTIONS: Mapping[str, pb.Mode] = MappingProxyType(
 )
 LAYOUTS: Mapping[str, pb.Layout] = _words(pb.Layout, "LAYOUT_")
 DTYPES: Mapping[str, pb.DType] = _words(pb.DType, "DTYPE_")
+JOB_STATES: Mapping[str, jobs_pb2.JobState] = _words(jobs_pb2.JobState, "JOB_STATE_")
 
 
 _TABLES: tuple[Mapping[str, int], ...] = (
-    QUANTITIES, MODES, MODE_OPTIONS, LAYOUTS, DTYPES
+    QUANTITIES, MODES, MODE_OPTIONS, LAYOUTS, DTYPES, JOB_STATES
 )  # fmt: skip
 _BY_NUMBER: Mapping[int, Mapping[int, str]] = {
     id(table): {number: text for text, number in table.items()} for table in _TABLES

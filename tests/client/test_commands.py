@@ -218,6 +218,8 @@ def test_what_is_wrong_is_said_in_one_line(
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("command", [[], ["eval"], ["serve"], ["describe"], ["bench"]])
+@pytest.mark.parametrize(
+    "command", [[], ["eval"], ["serve"], ["describe"], ["bench"], ["jobs"]]
+)
 def test_help(jacserve, command: list[str]) -> None:
     assert "Usage: jacserve" in jacserve(*command, "--help").stdout

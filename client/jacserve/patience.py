@@ -1,0 +1,53 @@
+"""How long to go on asking a server that is away, and how often."""
+
+import random
+import time
+
+from jacserve.errors import JacobianError
+
+_FIRST_S = 0.2
+_LONGEST_S = 5.0
+
+# Before each further attempt to send something whole.
+RESEND_AFTER_S = (0.2, 0.5, 1.0)
+
+
+class Patience:
+    """Waits longer and longer between attempts, and in the end gives up."""
+
+    def __init__(self, patience_s: float) -> None:
+        """Starts with all of it.
+
+        Args:
+            patience_s: For how long a server may be away at a time.
+        """
+        self._patience_s = patience_s
+        self.renew()
+
+    def renew(self) -> None:
+        """Has it all again: the server has answered."""
+        self._away_since: float | None = None
+        self._wait_s = _FIRST_S
+
+    def wait_s(self, error: JacobianError) -> float:
+        """Tells how long to wait before the next attempt.
+
+        Args:
+            error: What the last one failed with.
+
+        Returns:
+            Seconds.
+
+        Raises:
+            JacobianError: The error, when patience is at its end.
+        """
+        now = time.monotonic()
+        if self._away_since is None:
+            self._away_since = now
+        left_s = self._away_since + self._patience_s - now
+        if left_s <= 0:
+            raise error
+        # Not all clients of a server that comes back at the same moment.
+        wait_s = min(self._wait_s * random.uniform(0.5, 1.0), left_s)
+        self._wait_s = min(2 * self._wait_s, _LONGEST_S)
+        return wait_s
