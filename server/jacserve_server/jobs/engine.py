@@ -164,6 +164,8 @@ class LocalEngine:
                 sizes.chunk_size,
                 about,
             )
+        else:
+            await self._in_thread(results.remove_partial, task.output)
         opened = await self._in_thread(Results, task.output, task.job)
         self._results[task.job] = opened
         key = ProgramKey(task.computation, bucket_for(sizes.batch_size))

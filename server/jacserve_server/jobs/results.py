@@ -177,6 +177,24 @@ def _create_array(
     )
 
 
+def remove_partial(location: Location) -> None:
+    """Removes the files of chunks that a killed server was writing.
+
+    Args:
+        location: A store that nobody writes to now.
+
+    Raises:
+        ServiceError: The store can't be used.
+    """
+    folder = storage.local_path(location)
+    if folder is None:
+        return
+    with storage_errors(location):
+        # So Zarr names a file until all of it is written. No array's name has a dot.
+        for path in folder.rglob("*.partial"):
+            path.unlink(missing_ok=True)
+
+
 class Results:
     """A job's store, opened. Its methods block; threads may share it."""
 
