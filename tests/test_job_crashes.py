@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from job_calls import FINAL, points
 from jacserve.queries import EvaluateOptions
+from job_calls import FINAL, points
 from job_functions import JOB
 from job_servers import JobHome, JobServer
 

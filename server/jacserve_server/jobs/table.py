@@ -7,7 +7,7 @@ thing that it does to it.
 """
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
 from sqlalchemy import ColumnElement, and_, delete, func, or_, select, tuple_, update
@@ -29,6 +29,267 @@ from jacserve_server.jobs.schema import IS_TAKEN, chunks, jobs
 from jacserve_server.jobs.states import FINAL, STATES, JobState, sources_of
 
 __all__ = ["ChunkRecord", "JobRecord", "JobTable", "NewJob", "TableError"]
+
+_MOST_VALUES = 1000
+
+
+class JobTable:
+    """The jobs of one folder.
+
+    Any method may raise TableError. Then it has changed nothing, except perhaps where
+    the connection was lost; all may be repeated.
+
+    A `uid` names a job, and `server` the server that runs it: a method that takes both
+    returns False, and does nothing, where that server does not run the job any more.
+    """
+
+    def __init__(
+        self, url: str, folder: str, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        """Opens the table; makes it where there is none.
+
+        Args:
+            url: "sqlite:///PATH" or "postgresql://USER:PASSWORD@HOST/NAME".
+            folder: Names the folder of jobs among all that the database serves.
+            clock: The time, in seconds since 1970.
+
+        Raises:
+            TableError: The database can't be used, or a newer program has made it.
+        """
+        self._clock = clock
+        self._rows = JobRows(folder, clock)
+        self._database = Database(url)
+        try:
+            with self._database.writing() as connection:
+                schema.prepare(connection)
+        except TableError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._database.close()
+
+    def create(self, new: NewJob) -> tuple[JobRecord, bool]:
+        """Queues a job, if its id is free.
+
+        Args:
+            new: The job.
+
+        Returns:
+            The job of that id, which is another where it was taken; and whether it is
+            the new one.
+        """
+        is_it = or_(has_id(new.job_id), jobs.c.uid == new.uid)
+        while True:
+            with self._database.writing() as connection:
+                self._rows.add(connection, new)
+                found = self._rows.one(connection, is_it)
+            # Else the id was taken, and its job has been deleted since.
+            if found is not None:
+                return found, found.uid == new.uid
+
+    def find(self, job_id: str) -> JobRecord | None:
+        """Returns the job of an id; None where there is none, or it is deleted."""
+        with self._database.reading() as connection:
+            return self._rows.one(connection, has_id(job_id))
+
+    def get(self, uid: str) -> JobRecord | None:
+        """Returns a job by its uid; a deleted one, too, until it is purged."""
+        with self._database.reading() as connection:
+            return self._rows.one(connection, jobs.c.uid == uid)
+
+    def jobs(
+        self,
+        *,
+        states: Collection[JobState] = (),
+        before: tuple[float, str] | None = None,
+        limit: int,
+    ) -> list[JobRecord]:
+        """Lists jobs, the newest first.
+
+        Args:
+            states: Only jobs in these; in any where there is none.
+            before: Only jobs that come after this one in the list: its `created_at`
+                and `uid`.
+            limit: The most jobs to return.
+
+        Returns:
+            The jobs.
+        """
+        conditions = [IS_TAKEN]
+        if states:
+            conditions.append(jobs.c.state.in_(states))
+        if before is not None:
+            conditions.append(tuple_(*OLDEST_FIRST) < before)
+        with self._database.reading() as connection:
+            return self._rows.all(connection, *conditions, newest=limit)
+
+    def counts(self) -> Mapping[JobState, int]:
+        """Returns how many jobs are in each state."""
+        query = (
+            select(jobs.c.state, func.count().label("number"))
+            .where(self._rows.is_here, IS_TAKEN)
+            .group_by(jobs.c.state)
+        )
+        with self._database.reading() as connection:
+            found = {row.state: row.number for row in connection.execute(query)}
+        return {state: found.get(state, 0) for state in STATES}
+
+    def cancel(self, job_id: str) -> JobRecord | None:
+        """Stops a job, whoever runs it; does nothing to one that has ended.
+
+        Args:
+            job_id: The job.
+
+        Returns:
+            The job as it is then; None where there is none.
+        """
+        is_it = has_id(job_id)
+        with self._database.writing() as connection:
+            self._rows.move(connection, "cancelled", is_it, error=None)
+            return self._rows.one(connection, is_it)
+
+    def delete(self, job_id: str) -> str | None:
+        """Frees a job's id at once, stops the job, and condemns it to be purged.
+
+        Args:
+            job_id: The job.
+
+        Returns:
+            Its uid; None where there is none.
+        """
+        with self._database.writing() as connection:
+            found = self._rows.one(connection, has_id(job_id), lock="wait")
+            if found is None:
+                return None
+            is_it = jobs.c.uid == found.uid
+            self._rows.move(connection, "cancelled", is_it, error=None)
+            self._rows.change(connection, is_it, is_condemned=True)
+            return found.uid
+
+    def claim(
+        self,
+        server: str,
+        functions: Collection[str],
+        is_alive: Callable[[str], bool],
+        *,
+        running: Collection[str],
+    ) -> JobRecord | None:
+        """Takes the oldest job that may run, for a server to run it.
+
+        That is a queued one that this server, a dead one or nobody has accepted, or a
+        running one whose server is dead. Of two servers only one gets it. A server has
+        one thread that claims.
+
+        Args:
+            server: The id of the server.
+            functions: The functions that it has.
+            is_alive: Tells whether another server lives.
+            running: The uids of the jobs that the server runs. One that it owns and
+                does not run is taken up again.
+
+        Returns:
+            The job, running now; None where there is none.
+        """
+        now = self._clock()
+        # Who runs a job must have left it: then it may go back to the queue as well.
+        waits = jobs.c.state.in_(sources_of("running"))
+        is_running = jobs.c.state.in_(sources_of("queued"))
+        is_left = self._is_left(server, is_alive, or_(waits, is_running))
+        is_due = or_(jobs.c.retry_at.is_(None), jobs.c.retry_at <= now)
+        may_run = and_(
+            jobs.c.function.in_(functions),
+            is_left,
+            or_(and_(waits, is_due), and_(is_running, jobs.c.uid.not_in(running))),
+        )
+        with self._database.writing() as connection:
+            # What is locked is being claimed, or cancelled.
+            found = self._rows.one(connection, may_run, lock="skip")
+            if found is None:
+                return None
+            is_it = jobs.c.uid == found.uid
+            started_at = now if found.started_at is None else found.started_at
+            self._rows.change(
+                connection, is_it, state="running", owner=server, started_at=started_at
+            )
+            return self._rows.one(connection, is_it)
+
+    def plan(
+        self,
+        uid: str,
+        server: str,
+        *,
+        batch_size: int,
+        chunk_size: int,
+        fingerprint: str,
+    ) -> bool:
+        """Fixes how a job is computed, once and for all.
+
+        Args:
+            uid: The job.
+            server: The server that runs it.
+            batch_size: The points computed at once.
+            chunk_size: The points of a chunk.
+            fingerprint: Of its function.
+
+        Returns:
+            Whether it is planned so now, and was not before.
+        """
+        is_unplanned = and_(runs(uid, server), jobs.c.chunk_size.is_(None))
+        with self._database.writing() as connection:
+            return self._rows.change(
+                connection,
+                is_unplanned,
+                batch_size=batch_size,
+                chunk_size=chunk_size,
+                fingerprint=fingerprint,
+            )
+
+    def commit(
+        self,
+        uid: str,
+        server: str,
+        chunk: ChunkRecord,
+        *,
+        boot: str | None,
+        points_per_s: float,
+        ready_count: int,
+    ) -> bool:
+        """Counts a chunk that is written, once: to repeat it changes nothing.
+
+        Args:
+            uid: The job.
+            server: The server that runs it.
+            chunk: The chunk.
+            boot: The boot of the machine whose memory may hold the chunk still; None
+                for one that is on a disk.
+            points_per_s: How fast the job is of late.
+            ready_count: The points before the first that is not computed.
+
+        Returns:
+            Whether the server runs the job.
+        """
+        with self._database.writing(is_durable=False) as connection:
+            job = self._rows.one(connection, runs(uid, server), lock="wait")
+            if job is None:
+                return False
+            if add_chunk(connection, uid, chunk, boot):
+                firsts = (job.first_non_finite, chunk.first_non_finite)
+                self._rows.change(
+                    connection,
+                    jobs.c.uid == uid,
+                    done_count=job.done_count + chunk.rows,
+                    ready_count=ready_count,
+                    non_finite_count=job.non_finite_count + chunk.non_finite,
+                    first_non_finite=least(firsts),
+                    execute_s=job.execute_s + chunk.execute_s,
+                    points_per_s=points_per_s,
+                    attempts=0,
+                    error=None,
+                    retry_at=None,
+                )
+            return True
 
     def chunks(self, uid: str) -> list[ChunkRecord]:
         """Returns the chunks of a job that are committed, in order."""
