@@ -1,5 +1,6 @@
 """What may be read and written, and what is said of a storage that fails."""
 
+import asyncio
 import errno
 import io
 import os
@@ -7,6 +8,7 @@ import resource
 import shutil
 import socket
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +218,7 @@ def links(root: Path) -> None:
         "hop/secret.npy",
         "dangling.npy",
         "folder/new/x.npy",
+        "itself",
     ],
 )
 def test_links_that_lead_out_are_refused(root: Path, path: str) -> None:
@@ -357,6 +360,20 @@ def test_linked_metadata_does_not_show_what_is_outside(root: Path) -> None:
     group = zarr.open_group(zarr_store(at(root, "z.zarr"), is_writable=True))
     with pytest.raises(ServiceError, match="by a link"):
         list(group.members(max_depth=None))
+
+
+def test_a_linked_folder_in_a_store_is_not_listed(root: Path) -> None:
+    (root / "x.zarr").mkdir()
+    (root / "x.zarr" / "inner").symlink_to(root.parent / "outside")
+    store = zarr_store(at(root, "x.zarr"), is_writable=False)
+
+    async def names(listed: AsyncIterator[str]) -> list[str]:
+        return [name async for name in listed]
+
+    assert asyncio.run(names(store.list_dir(""))) == ["inner"]
+    for listed in (store.list_dir, store.list_prefix):
+        with pytest.raises(ServiceError, match="by a link"):
+            asyncio.run(names(listed("inner")))
 
 
 def test_a_pipe_in_a_store_does_not_hold_up(root: Path) -> None:
