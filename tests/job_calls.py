@@ -127,9 +127,7 @@ class JobCalls(AbstractContextManager["JobCalls"]):
             assembly.feed(each)
         assert assembly.is_complete
         is_sparse = bool(part.head.patterns)
-        return decode_opened(
-            part.head, assembly.payloads, "csr" if is_sparse else None
-        )
+        return decode_opened(part.head, assembly.payloads, "csr" if is_sparse else None)
 
 
 def reason_of(job: pb.Job) -> str:
