@@ -70,6 +70,13 @@ def roots(x: Float[Array, "2"], row: Int[Array, ""]) -> Float[Array, "2"]:
 
 
 @registry.function
+def large(x: Float[Array, "512"], row: Int[Array, ""]) -> Float[Array, "512"]:
+    """A Jacobian of 2 MiB at each point."""
+    y = paced(x, row)
+    return y * jnp.sum(y)
+
+
+@registry.function
 def picky(x: Float[Array, "n"], row: Int[Array, ""]) -> Float[Array, "n"]:
     if x.size == 5:
         raise ValueError("there is no fifth pump")

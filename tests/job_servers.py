@@ -1,10 +1,12 @@
 """Servers of job_functions.py on one folder of jobs, to be killed and restarted."""
 
+import resource
 import signal
+import sqlite3
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,10 @@ class JobServer:
         assert self.process.wait(60) == 0, self.errors()
         self._stack.close()
 
-    def close(self) -> None:
-        self._stack.close()
+    def limit_files(self, size_bytes: int) -> None:
+        """Has it fail, as with a full disk, to write beyond so many bytes of a file."""
+        _, most = resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, (size_bytes, most))
 
 
 class JobHome:
@@ -67,7 +71,7 @@ class JobHome:
 
     def close(self) -> None:
         for server in self._servers:
-            server.close()
+            server.kill()
 
     def open(self, row: int = OPEN) -> None:
         """Lets rows before this one be computed, and holds the others up."""
@@ -89,3 +93,9 @@ class JobHome:
     def store(self, job: Any) -> Path:
         """Where the results of a job are, that has no other place for them."""
         return self.results / job.output.partition("/")[2]
+
+    def query(self, statement: str, *values: Any) -> list[Any]:
+        """Asks the table of jobs, or changes it."""
+        with closing(sqlite3.connect(self.jobs_dir / "jobs.sqlite")) as connection:
+            with connection:
+                return connection.execute(statement, values).fetchall()

@@ -145,7 +145,7 @@ class JobDesk:
         staged = self._folder.staged(uid)
         try:
             digest += await self._receive(raws, raw, holes, spec, staged)
-            record, is_new = await self._in_pool(
+            record, is_new = await self._in_table(
                 self._keep, request, uid, digest, staged
             )
         finally:
