@@ -2,13 +2,10 @@
 
 import json
 import resource
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
-import grpc
 import numpy as np
 import pytest
 
@@ -17,8 +14,6 @@ from jacserve.v1 import jacobian_pb2, jobs_pb2
 from job_calls import (
     FAILED,
     QUEUED,
-    RUNNING,
-    SUCCEEDED,
     JobCalls,
     points,
     reason_of,

@@ -167,7 +167,7 @@ def _read_points(
 ) -> JobInputs:
     """Reads the points that are sent, and adds those that the server has."""
     arrays = array_files.read_inputs(inputs, function, dtype, mapped=True)
-    found = list(map(_parse_source, sources))
+    found = list(map(parse_source, sources))
     if not found:
         return arrays
     if not arrays and not any(name for name, _ in found):
@@ -181,7 +181,18 @@ def _read_points(
     return given
 
 
-def _parse_source(text: str) -> tuple[str, Source]:
+def parse_source(text: str) -> tuple[str, Source]:
+    """Reads where points are.
+
+    Args:
+        text: PATH or PATH:ARRAY, with NAME= before it or without.
+
+    Returns:
+        The argument's name, or "", and the source.
+
+    Raises:
+        ArrayTextError: It names no path.
+    """
     name, has_name, rest = text.partition("=")
     if not (has_name and name.isidentifier()):
         name, rest = "", text

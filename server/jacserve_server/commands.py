@@ -3,12 +3,18 @@
 import logging
 import os
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from jacserve_server.command_line import (
+    DeviceName,
+    Targets,
+    fail,
+    loaded,
+    needing_server,
+)
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -16,18 +22,8 @@ if TYPE_CHECKING:
     from jacserve.checking import Check
     from jacserve_server.config import Config
     from jacserve_server.measurements import Measurement
-    from jacserve_server.registry import Registry
 
 
-Targets = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="FILE_OR_MODULE...",
-        help="Python files, importable modules or MODULE:ATTRIBUTE that register "
-        "functions.",
-        show_default="all installed entry points of the group jacserve.functions",
-    ),
-]
 Functions = Annotated[
     list[str] | None,
     typer.Option(
@@ -48,13 +44,6 @@ Sizes = Annotated[
     ),
 ]
 
-DeviceName = Annotated[
-    str | None,
-    typer.Option(
-        help="auto, a platform such as cpu or gpu, or devices, gpu:1 or gpu:0,1.",
-        show_default="auto: all GPUs, else the CPU",
-    ),
-]
 ConfigFile = Annotated[
     Path | None, typer.Option(help="TOML file of settings.", show_default="none")
 ]
@@ -79,7 +68,7 @@ def serve(
     environment as JACSERVE_ and its name in capitals. Flags go before the
     environment, the environment before the file.
     """
-    with _needing_server():
+    with needing_server():
         from jacserve_server.config import Config
         from jacserve_server.executor import DeviceError
         from jacserve_server.loading import load_registries
@@ -105,7 +94,7 @@ def serve(
     try:
         catalog = build_catalog(load_registries(targets or []))
     except RegistrationError as error:
-        _fail(*error.problems, "Nothing is served until this is mended.")
+        fail(*error.problems, "Nothing is served until this is mended.")
     for spec in catalog.specs:
         print(f"  {spec.qualified_name}  {', '.join(spec.modes) or 'value only'}")
 
@@ -117,7 +106,7 @@ def serve(
     try:
         is_drained = run(serve_until_signal(catalog, settings, announce))
     except (AddressError, DeviceError, WarmUpError) as error:
-        _fail(str(error))
+        fail(str(error))
     print("Stopped." if is_drained else "Stopped while calls still ran.", flush=True)
     if not is_drained:
         # A running program can't be interrupted, and Python would wait for it.
@@ -150,12 +139,12 @@ def check(
     derivative is off by more than rounding explains, or none of a function's could be
     compared. Example: jacserve check functions.py --function spherical
     """
-    with _needing_server():
+    with needing_server():
         from jacserve import array_files
         from jacserve.client import Client
         from jacserve.errors import JacobianError
         from jacserve_server.server import serving
-    registries = _loaded(targets)
+    registries = loaded(targets)
     is_wrong = False
     try:
         with serving(*registries) as server, Client(server.target) as client:
@@ -170,7 +159,7 @@ def check(
                 is_wrong |= bool(found) and not any(c.was_compared for c in found)
                 _print_checks(name, found)
     except (JacobianError, array_files.ArrayTextError, ValueError) as error:
-        _fail(str(error))
+        fail(str(error))
     raise typer.Exit(int(is_wrong))
 
 
@@ -232,7 +221,7 @@ def tune(
     dtypes. Ends with status 1 where a function could not be measured. Example:
     jacserve tune functions.py --size n=1000
     """
-    with _needing_server():
+    with needing_server():
         from jacserve_server.errors import ServiceError
         from jacserve_server.executor import DeviceError, find_device, memory_budget
         from jacserve_server.measurements import Measurements
@@ -243,11 +232,11 @@ def tune(
     settings = _settings(config, device=device)
     _set_allocator(settings)
     try:
-        catalog = build_catalog(_loaded(targets))
+        catalog = build_catalog(loaded(targets))
         found_device = find_device(settings.device)
         chosen = [catalog.find(name) for name in functions or ()]
     except (RegistrationError, DeviceError, ServiceError) as error:
-        _fail(str(error))
+        fail(str(error))
     limits = Limits(
         result_bytes=2**62,
         program_bytes=settings.max_program_bytes or memory_budget([found_device]),
@@ -267,7 +256,7 @@ def tune(
         earlier = Measurements.load(settings.cache_dir)
         path = earlier.updated(measured).save(settings.cache_dir)
     except OSError as error:
-        _fail(f"{settings.cache_dir} can't be written: {error.strerror}")
+        fail(f"{settings.cache_dir} can't be written: {error.strerror}")
     print(f"Kept in {path}. Servers that start from now on use it.")
     raise typer.Exit(int(not is_complete))
 
@@ -286,30 +275,12 @@ def _print_measurement(measurement: "Measurement") -> None:
     )
 
 
-def _loaded(targets: list[str] | None) -> "list[Registry]":
-    from jacserve_server.loading import load_registries
-    from jacserve_server.registry import RegistrationError
-
-    try:
-        return load_registries(targets or [])
-    except RegistrationError as error:
-        _fail(*error.problems)
-
-
 def _sizes(texts: list[str] | None) -> dict[str, int]:
     pairs = [text.partition("=") for text in texts or ()]
     for name, _, size in pairs:
         if not name.isidentifier() or not size.isdecimal():
-            _fail(f"--size takes NAME=SIZE, such as n=100, not {name}={size}.")
+            fail(f"--size takes NAME=SIZE, such as n=100, not {name}={size}.")
     return {name: int(size) for name, _, size in pairs}
-
-
-@contextmanager
-def _needing_server() -> Generator[None]:
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        _fail(f'{error.name} is missing. Run: pip install "jacserve[server]"')
 
 
 def _settings(path: Path | None, **arguments: Any) -> "Config":
@@ -320,13 +291,16 @@ def _settings(path: Path | None, **arguments: Any) -> "Config":
     try:
         return Config.load(path, **arguments)
     except ValidationError as error:
-        _fail("\n".join(_settings_problems(error)))
+        fail("\n".join(_settings_problems(error)))
     except (OSError, ValueError) as error:
-        _fail(f"{path} can't be read: {error}")
+        fail(f"{path} can't be read: {error}")
 
 
 def _set_allocator(settings: "Config") -> None:
     """Tells XLA how to take a GPU's memory; it looks when JAX is first used."""
+    from jacserve_server.executor import spare_threads
+
+    spare_threads()
     if settings.gpu_memory_fraction is not None:
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(settings.gpu_memory_fraction)
         # Its old name, which XLA does not take beside the new one.
@@ -342,9 +316,3 @@ def _settings_problems(error: "ValidationError") -> list[str]:
         f"(it is {problem['input']!r})"
         for problem in error.errors()
     ]
-
-
-def _fail(*lines: str) -> NoReturn:
-    for line in lines:
-        print(f"jacserve: {line}", file=sys.stderr)
-    raise typer.Exit(2)

@@ -3,9 +3,11 @@
 import asyncio
 import functools
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -47,12 +49,27 @@ from jacserve_server.work import (
 
 T = TypeVar("T")
 
+# A call of LAPACK for a batch waits, in a thread of XLA's pool, for others of the pool
+# to do its parts. If as many calls as the pool has threads run at once, they wait for
+# ever (jaxlib 0.10). So only one program at a time has such calls; and `spare_threads`
+# sees to it that its own calls leave one thread free.
+_LAPACK = threading.Lock()
+_SPARE_THREADS = 8
+
 # What a compiled program depends on: two ways to ask may be decided alike.
 _Decided = tuple[ProgramKey, Strategy]
 
 
 class DeviceError(Exception):
     """The device asked for is not there; the text says which are."""
+
+
+def spare_threads() -> None:
+    """Has XLA's pool have more threads than cores, if JAX has not been used yet.
+
+    See `_LAPACK`: it is for programs that factorise several matrices at once.
+    """
+    os.environ.setdefault("NPROC", str((os.cpu_count() or 1) + _SPARE_THREADS))
 
 
 def find_devices(name: str) -> list[Device]:
@@ -69,6 +86,7 @@ def find_devices(name: str) -> list[Device]:
     Raises:
         DeviceError: One of them is not there, or is named twice.
     """
+    spare_threads()
     platform, _, listed = name.partition(":")
     numbers = [int(number) for number in listed.split(",") if number]
     if len(set(numbers)) < len(numbers):
@@ -359,7 +377,9 @@ class Executor:
         return self._execute(program, work, time.monotonic())
 
     def _execute(self, program: Program, work: Work, start: float) -> Outcome:
-        arrays = program.run(padded(work, program.key.bucket))
+        inputs = padded(work, program.key.bucket)
+        with _LAPACK if program.is_lone else nullcontext():
+            arrays = program.run(inputs)
         if work.batch is not None:
             arrays = [array[: work.batch] for array in arrays]
         return Outcome(

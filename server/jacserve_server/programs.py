@@ -22,7 +22,7 @@ from jacserve_server.diagnosis import execution_error, explained
 from jacserve_server.errors import ServiceError, describe_exception
 from jacserve_server.quantities import QUANTITIES
 from jacserve_server.strategies import Decision, wrt_of
-from jacserve_server.tracing import has_steady_cost, has_x64, x64
+from jacserve_server.tracing import has_linear_algebra, has_steady_cost, has_x64, x64
 from jacserve_server.transforms import COMPUTE
 from jacserve_server.transforms.point import Compressed, Point
 from jacserve_server.work import Computation, Outline, ProgramKey, Strategy
@@ -67,6 +67,7 @@ class Program:
         decision: How it was made, so that it can be made for another device.
         row_bytes: Bytes of one point's result.
         has_x64: Whether it was traced with 64-bit types.
+        is_lone: Whether it must not run beside its like.
         is_brief: Whether it was measured to take less time than handing it to a
             thread, and takes the same whatever its inputs are.
     """
@@ -76,6 +77,7 @@ class Program:
     decision: Decision
     row_bytes: int
     has_x64: bool
+    is_lone: bool
     is_brief: bool
     _is_remote: bool
     _executable: Any
@@ -228,6 +230,7 @@ def _compiled(
         decision=decision,
         row_bytes=row_bytes,
         has_x64=has_x64(computation.inputs),
+        is_lone=device.platform == "cpu" and has_linear_algebra(traced.jaxpr),
         is_brief=False,
         _is_remote=device.platform != "cpu",
         _executable=executable,

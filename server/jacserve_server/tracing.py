@@ -1,6 +1,6 @@
 """Traces functions without running them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -43,8 +43,29 @@ def structs(inputs: Sequence[InputSpec]) -> list[jax.ShapeDtypeStruct]:
 
 
 # Loops of any length, and calls of code that may do anything.
+_LINEAR_ALGEBRA = {
+    *("lu", "qr", "geqrf", "householder_product", "svd", "eig", "eigh", "schur"),
+    *("hessenberg", "cholesky", "triangular_solve", "tridiagonal"),
+}
 _UNSTEADY = ("while", "callback", "ffi_call", "infeed", "outfeed")
 _LONGEST_SCAN = 100
+
+
+def has_linear_algebra(jaxpr: Any) -> bool:
+    """Tells whether a traced function factorises or solves by LAPACK on a CPU.
+
+    Args:
+        jaxpr: What tracing it gave.
+
+    Returns:
+        Whether it does, anywhere.
+    """
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    return any(
+        equation.primitive.name in _LINEAR_ALGEBRA
+        or any(map(has_linear_algebra, _inner(equation)))
+        for equation in jaxpr.eqns
+    )
 
 
 def has_steady_cost(jaxpr: Any) -> bool:
@@ -63,12 +84,17 @@ def has_steady_cost(jaxpr: Any) -> bool:
             return False
         if equation.params.get("length", 0) > _LONGEST_SCAN:
             return False
-        for parameter in equation.params.values():
-            each = parameter if isinstance(parameter, tuple | list) else (parameter,)
-            inner = [x for x in each if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
-            if not all(map(has_steady_cost, inner)):
-                return False
+        if not all(map(has_steady_cost, _inner(equation))):
+            return False
     return True
+
+
+def _inner(equation: Any) -> Iterator[Any]:
+    """Yields what an equation calls."""
+    for parameter in equation.params.values():
+        for each in parameter if isinstance(parameter, tuple | list) else (parameter,):
+            if hasattr(each, "eqns") or hasattr(each, "jaxpr"):
+                yield each
 
 
 def abstract_results(

@@ -1,0 +1,201 @@
+"""`jacserve run`: a batch job on this machine, without a server to ask."""
+
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jacserve.command_line import Cast, MatrixLayout, Mode, Name, Quantities, Wrt
+from jacserve_server.command_line import DeviceName, fail, loaded, needing_server
+
+if TYPE_CHECKING:
+    from jacserve.client import Client
+    from jacserve.job_messages import JobInfo
+    from jacserve.jobs import Job
+    from jacserve.queries import Source
+
+_INTERRUPTED = 130
+# Of the one job in the folder beside the results.
+_ID = "run"
+
+
+def run(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE_OR_MODULE",
+            help="A Python file, an importable module or MODULE:ATTRIBUTE that "
+            "registers functions.",
+        ),
+    ],
+    name: Name,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help="A file of points: .npy, .npz, .zarr or .parquet, with :ARRAY where "
+            "it has several, and NAME= before it where the function has several "
+            "arguments.",
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="The Zarr store to make of the results."),
+    ],
+    quantities: Quantities = None,
+    wrt: Wrt = None,
+    mode: Mode = "auto",
+    layout: MatrixLayout = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Points to compute at once.", show_default="what is measured"
+        ),
+    ] = None,
+    fail_on_nan: Annotated[
+        bool,
+        typer.Option(
+            "--fail-on-nan", help="Fail at the first point that gives NaN or Inf."
+        ),
+    ] = False,
+    cast: Cast = False,
+    device: DeviceName = None,
+) -> None:
+    """Compute a function at all points of a file, here, and go on where it stopped.
+
+    What is computed is kept chunk by chunk. If it is interrupted, by Ctrl-C or a power
+    failure, the same command goes on; until it has ended, what it needs for that is in
+    a folder beside the results, OUTPUT.job. Ends with status 0, 1 where it has failed
+    or is held up, or 130 where it was interrupted. Example: jacserve run functions.py
+    spherical points.npy -o jacobians.zarr -q jacobian
+    """
+    with needing_server():
+        from jacserve.array_files import ArrayTextError
+        from jacserve.client import Client
+        from jacserve.errors import JacobianError
+        from jacserve_server.registration import build_catalog
+        from jacserve_server.registry import RegistrationError
+        from jacserve_server.server import serving
+    output = output.absolute()
+    folder = output.with_name(f"{output.name}.job")
+    if output.suffix != ".zarr":
+        fail(f"{output.name} is no name of a Zarr store. Let it end in .zarr.")
+    if not output.parent.is_dir():
+        fail(f"{output.parent} is no folder. Make it first.")
+    if output.exists() and not folder.exists():
+        fail(f"{output.name} is there already. Name another, or remove it.")
+    registries = loaded([target])
+    options: dict[str, Any] = {"wrt": wrt or (), "mode": mode, "cast": cast}
+    if layout is not None:
+        options["layout"] = layout
+    if fail_on_nan:
+        options["on_error"] = "fail"
+    roots: dict[str, str] = {}
+    settings: dict[str, Any] = {
+        "jobs_dir": folder,
+        "jobs_database": f"sqlite:///{folder / 'jobs.sqlite'}",
+        "storage_roots": roots,
+        "result_roots": {"output": str(output.parent)},
+        "device": device,
+    }
+    try:
+        points = _sources(inputs, roots)
+        build_catalog(registries)  # Its problems are the user's, not a server's.
+        with (
+            serving(*registries, **settings) as server,
+            Client(server.target) as client,
+        ):
+            _forget_failed(client, output)
+            job = client.submit_job(
+                name,
+                points,
+                quantities=quantities or ("value", "jacobian"),  # pyright: ignore[reportArgumentType]
+                id=_ID,
+                batch_size=batch_size,
+                output=f"output/{output.name}",
+                **options,
+            )
+            ended = _followed(job)
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on from here.", file=sys.stderr)
+        raise typer.Exit(_INTERRUPTED) from None
+    except RegistrationError as error:
+        fail(*error.problems)
+    except JacobianError as error:
+        if error.reason != "JOB_ALREADY_EXISTS":
+            fail(str(error))
+        fail(
+            f"{folder.name} is of a run with other options or other points. Repeat "
+            f"that one, name another output, or remove {folder.name} and {output.name}."
+        )
+    except ArrayTextError as error:
+        fail(str(error))
+    if ended.state == "succeeded":
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    print(f"jacserve: {ended.error or ended.state}", file=sys.stderr)
+    if ended.state == "queued":
+        print("The same command goes on from here.", file=sys.stderr)
+    raise typer.Exit(1)
+
+
+def _sources(
+    texts: Sequence[str], roots: dict[str, str]
+) -> "tuple[Source, ...] | dict[str, Source]":
+    """Reads which files to read; names their folders as storage roots."""
+    from jacserve.array_files import ArrayTextError
+    from jacserve.jobs_command import parse_source
+
+    in_order: list[Source] = []
+    named: dict[str, Source] = {}
+    for place, text in enumerate(texts):
+        name, source = parse_source(text)
+        path = Path(source.path).absolute()
+        if not path.exists():
+            raise ArrayTextError(f"{source.path} is not there.")
+        root = f"{path.parent.name or 'root'}-{place}"
+        roots[root] = str(path.parent)
+        found = type(source)(f"{root}/{path.name}", source.array)
+        if name in named:
+            raise ArrayTextError(f"{name} is given twice. Give each input once.")
+        if name:
+            named[name] = found
+        else:
+            in_order.append(found)
+    if named and in_order:
+        raise ArrayTextError("Give all inputs by name, or none.")
+    return named or tuple(in_order)
+
+
+def _forget_failed(client: "Client", output: Path) -> None:
+    """Makes room for a new attempt where the last one has failed for good."""
+    from jacserve.errors import NotFoundError
+
+    try:
+        job = client.job(_ID)
+        info = job.info()
+    except NotFoundError:
+        return
+    if info.state in {"failed", "cancelled"}:
+        job.delete()
+        shutil.rmtree(output, ignore_errors=True)
+
+
+def _followed(job: "Job") -> "JobInfo":
+    """Shows how far the job is, until it has ended or is held up."""
+    from jacserve import job_report
+
+    last = job.info()
+
+    def news() -> "Iterator[JobInfo]":
+        nonlocal last
+        for last in job.watch():
+            yield last
+            if last.state == "queued" and last.error is not None:
+                return
+
+    job_report.follow(news(), sys.stderr)
+    return last
