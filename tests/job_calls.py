@@ -9,7 +9,6 @@ import grpc
 import numpy as np
 from google.rpc import error_details_pb2
 
-from job_functions import JOB
 from jacserve import tensors
 from jacserve.channels import channel_options
 from jacserve.errors import translated
@@ -18,6 +17,7 @@ from jacserve.results import Result, decode_opened
 from jacserve.streaming import Assembly, parts, read_head
 from jacserve.v1 import jobs_pb2 as pb, jobs_pb2_grpc as pb_grpc
 from jacserve.vocabulary import Quantity
+from job_functions import JOB
 
 QUEUED, RUNNING = pb.JOB_STATE_QUEUED, pb.JOB_STATE_RUNNING
 SUCCEEDED, FAILED = pb.JOB_STATE_SUCCEEDED, pb.JOB_STATE_FAILED

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from job_calls import FINAL, points
 from jacserve.queries import EvaluateOptions
+from job_calls import FINAL, points
 from job_functions import JOB
 from job_servers import JobHome, JobServer
 
@@ -170,3 +170,33 @@ def test_jobs_are_the_same_however_often_their_server_is_killed(tmp_path):
         jobs.advance(POINTS - 3 * BATCH)
         jobs.restart()
         jobs.finish()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", range(4))
+def test_jobs_of_all_kinds_are_the_same_after_many_kills(tmp_path, seed):
+    """Each seed kills six jobs at once, five times: 120 in all."""
+    chance = random.Random(seed)
+    with paced_home(tmp_path) as home:
+        jobs = Interrupted(home, list(KINDS.values()))
+        jobs.create()
+        for point in sorted(chance.sample(range(POINTS - 2 * BATCH), 5)):
+            jobs.advance(point)
+            time.sleep(chance.uniform(0.0, 0.1))
+            jobs.restart(is_graceful=chance.random() < 0.2)
+        jobs.finish()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_store_that_is_half_made_is_made_again(home):
+    """Kills while files of the store appear, at another one each time."""
+    jobs = Interrupted(home, [KINDS["nan"]])
+    jobs.create()
+    for count in (1, 2, 3, 4):
+        deadline = time.monotonic() + 60
+        while sum(1 for _ in home.results.rglob("*.json")) < count:
+            assert time.monotonic() < deadline
+        jobs.restart()
+    jobs.finish()

@@ -161,6 +161,7 @@ def test_a_job_that_is_sent_twice_at_once_is_one_job(home, server, other, are_tw
             clients[1].delete(job_id)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("are_two", [False, True], ids=["one-server", "two-servers"])
 def test_of_two_jobs_of_one_id_there_is_one(server, other, are_two):
     targets = [server.target, (other if are_two else server).target]
