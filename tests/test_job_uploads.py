@@ -59,8 +59,7 @@ def check_nothing_left(home: JobHome, server: JobServer, job_id: str) -> None:
     jacobians = [spherical_jacobian(each) for each in x]
     np.testing.assert_allclose(server.calls.read(job_id).jacobian, jacobians, 1e-12)
     server.calls.delete(job_id)
-    until(lambda: not any(home.uploads.iterdir()))
-    assert not any(home.results.iterdir())
+    until(lambda: not any(home.uploads.iterdir()) and not any(home.results.iterdir()))
 
 
 def test_an_upload_that_is_cancelled_leaves_nothing(home, server):
