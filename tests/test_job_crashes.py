@@ -1,11 +1,12 @@
 """Batch jobs lose nothing when servers die."""
 
 import json
+import os
 import random
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -170,3 +171,46 @@ def test_jobs_are_the_same_however_often_their_server_is_killed(tmp_path):
         jobs.advance(POINTS - 3 * BATCH)
         jobs.restart()
         jobs.finish()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", range(4))
+def test_jobs_of_all_kinds_are_the_same_after_many_kills(tmp_path, seed):
+    """Each seed kills six jobs at once, five times: 120 in all."""
+    chance = random.Random(seed)
+    with paced_home(tmp_path) as home:
+        jobs = Interrupted(home, list(KINDS.values()))
+        jobs.create()
+        for point in sorted(chance.sample(range(POINTS - 2 * BATCH), 5)):
+            jobs.advance(point)
+            time.sleep(chance.uniform(0.0, 0.1))
+            jobs.restart(is_graceful=chance.random() < 0.2)
+        jobs.finish()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_store_that_is_half_made_is_made_again(home):
+    """Kills while files of the store appear, at another one each time."""
+    started_ns = time.time_ns()
+    jobs = Interrupted(home, [KINDS["nan"]])
+    jobs.create()
+    for count in (1, 2, 3, 4):
+        while documents(home.results, started_ns) < count:
+            if home.query("select 1 from jacserve_jobs where chunk_size is not null"):
+                break  # It was too quick.
+        started_ns = time.time_ns()
+        jobs.restart()
+    jobs.finish()
+
+
+def documents(folder: Path, since_ns: int) -> int:
+    """Counts the documents of stores that were written since."""
+    found = 0
+    for above, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                written_ns = Path(above, name).stat().st_mtime_ns
+                found += name == "zarr.json" and written_ns > since_ns
+    return found

@@ -96,6 +96,7 @@ def test_a_disk_without_room_for_the_table_loses_nothing(home):
     server.calls.wait("b")
 
 
+@pytest.mark.slow
 def test_results_that_vanish_may_come_back(home):
     server = home.start()
     home.open(100)
@@ -115,6 +116,7 @@ def test_results_that_vanish_may_come_back(home):
     assert max(home.times_computed()[JOB + n] for n in range(BATCH, 100)) == 1
 
 
+@pytest.mark.slow
 def test_the_store_of_one_job_may_come_back(home):
     server = home.start()
     home.open(100)
@@ -159,6 +161,7 @@ def create_sourced(server: JobServer) -> None:
     server.calls.send(iter([head.SerializeToString()]))
 
 
+@pytest.mark.slow
 def test_points_that_vanish_may_come_back(sourced):
     home, root, x = sourced
     server = home.start()
@@ -177,6 +180,7 @@ def test_points_that_vanish_may_come_back(sourced):
     check_result(server.calls, "a", expected(x))
 
 
+@pytest.mark.slow
 def test_points_that_have_changed_fail_a_job(sourced):
     home, root, x = sourced
     server = home.start()
@@ -191,6 +195,7 @@ def test_points_that_have_changed_fail_a_job(sourced):
     check_result(server.calls, "a", expected(x[:100]))
 
 
+@pytest.mark.slow
 def test_points_that_are_cut_off_fail_a_job(sourced):
     home, root, x = sourced
     server = home.start()
@@ -206,6 +211,7 @@ def test_points_that_are_cut_off_fail_a_job(sourced):
     check_result(server.calls, "a", expected(x[:100]))
 
 
+@pytest.mark.slow
 def test_a_job_never_goes_on_with_another_function(home):
     server = home.start()
     home.open(100)
@@ -223,6 +229,7 @@ def test_a_job_never_goes_on_with_another_function(home):
     check_result(server.calls, "a", jacobians)
 
 
+@pytest.mark.slow
 def test_a_function_that_cant_be_traced_fails_a_job(home):
     server = home.start()
     server.calls.create("a", "picky", points(100, 5, 1))
@@ -231,6 +238,7 @@ def test_a_function_that_cant_be_traced_fails_a_job(home):
     assert job.progress.done_count == 0
 
 
+@pytest.mark.slow
 def test_a_function_that_raises_fails_a_job(tmp_path):
     with closing(JobHome(tmp_path, JOB_TEST_FAILING_ROW="75")) as home:
         server = home.start()

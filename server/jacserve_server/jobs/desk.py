@@ -489,15 +489,31 @@ class JobDesk:
             )
 
     async def _in_pool(self, call: Callable[..., T], /, *arguments: Any) -> T:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, call, *arguments)
+        return await _finished(self._pool, call, *arguments)
 
     async def _in_table(self, call: Callable[..., T], /, *arguments: Any) -> T:
-        loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._table_pool, call, *arguments)
+            return await _finished(self._table_pool, call, *arguments)
         except TableError as error:
             raise ServiceError("STORAGE_UNAVAILABLE", str(error)) from error
+
+
+async def _finished(pool: ThreadPoolExecutor, call: Callable[..., T], *args: Any) -> T:
+    """Calls in a thread. To cancel this takes effect when the thread has finished.
+
+    A client may go at any moment, and gRPC cancels its call more than once. What tidies
+    up must run nevertheless, and must not meet a thread that is still writing.
+    """
+    running = asyncio.get_running_loop().run_in_executor(pool, call, *args)
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        while not running.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([running])
+        if not running.cancelled():
+            running.exception()  # Nobody else will ask for it.
+        raise
 
 
 def _check_absent(output: Location) -> None:
