@@ -4,14 +4,16 @@ Of the gRPC context only what cluster proxies also offer is used: set_code,
 set_details and set_trailing_metadata.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
 from google.protobuf.descriptor import ServiceDescriptor
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
+from jacserve_server.errors import ServiceError
 from jacserve_server.statuses import explained, status_of
 
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -69,9 +71,50 @@ def add_handlers(
         handlers: How the messages of each call are read and written.
     """
     made = {
-        method: kind(getattr(service, method), read, write)
-        for method, (kind, read, write) in handlers.items()
+        method: _handler(getattr(service, method), *handler)
+        for method, handler in handlers.items()
     }
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler(descriptor.full_name, made),)
     )
+
+
+def _handler(call: Callable[..., Any], kind: Any, read: Any, write: Any) -> Any:
+    """Makes the handler of a call, which reads its one request itself.
+
+    What gRPC can't read it answers with a status that says nothing, and logs.
+    """
+    if read is None:
+        return kind(call, None, write)
+    if kind is grpc.unary_stream_rpc_method_handler:
+
+        async def stream(raw: bytes, context: Any) -> AsyncIterator[Any]:
+            if (request := _read(read, raw, context)) is not None:
+                async with aclosing(call(request, context)) as answers:
+                    async for each in answers:
+                        yield each
+
+        return kind(stream, None, write)
+
+    async def unary(raw: bytes, context: Any) -> Any:
+        if (request := _read(read, raw, context)) is None:
+            return b""
+        found = await call(request, context)
+        return found if write is None else write(found)
+
+    return kind(unary, None, None)
+
+
+def _read(read: Callable[[bytes], M], raw: bytes, context: Any) -> M | None:
+    """Returns a request; None, with the call's status set, where it is none."""
+    try:
+        return read(raw)
+    except DecodeError:
+        set_error(
+            context,
+            ServiceError(
+                "MALFORMED_REQUEST",
+                "the request can't be read. Send messages as the contract has them.",
+            ),
+        )
+        return None

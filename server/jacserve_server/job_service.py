@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError
 
 from jacserve.v1 import jobs_pb2
 from jacserve_server.admission import shutting_down
 from jacserve_server.calls import Handler, add_handlers, answer, set_error
-from jacserve_server.errors import ServiceError
 
 if TYPE_CHECKING:
     from jacserve_server.jobs.desk import JobDesk
@@ -34,7 +32,7 @@ class JobService:
                 called in a thread, when it is first needed.
         """
         self._open_desk = open_desk
-        self._opening = asyncio.Lock()
+        self._opening: asyncio.Task[JobDesk] | None = None
         self._desk: JobDesk | None = None
         self._is_stopped = False
 
@@ -44,20 +42,31 @@ class JobService:
         Raises:
             ServiceError: It can't be opened, or the server is shutting down.
         """
-        async with self._opening:
-            if self._is_stopped:
-                raise shutting_down()
-            if self._desk is None:
-                self._desk = await asyncio.to_thread(self._open_desk)
+        if self._is_stopped:
+            raise shutting_down()
+        if self._desk is not None:
+            return self._desk
+        if self._opening is None:
+            self._opening = asyncio.create_task(self._open())
+        # Whoever has asked first may leave: the desk is everybody's.
+        return await asyncio.shield(self._opening)
+
+    async def _open(self) -> "JobDesk":
+        try:
+            self._desk = await asyncio.to_thread(self._open_desk)
+            if not self._is_stopped:
                 self._desk.start()
             return self._desk
+        finally:
+            self._opening = None
 
     async def stop(self) -> None:
         """Stops all jobs; they go on when a server starts again."""
-        async with self._opening:
-            self._is_stopped = True
-            if self._desk is not None:
-                await self._desk.stop()
+        self._is_stopped = True
+        if self._opening is not None:
+            await asyncio.wait([self._opening])
+        if self._desk is not None:
+            await self._desk.stop()
 
     async def close(self) -> None:
         """Lets go of all files, when no call is answered any more."""
@@ -98,7 +107,7 @@ class JobService:
         return await answer(context, jobs_pb2.DeleteJobResponse, self._delete(request))
 
     async def ReadJobResult(  # noqa: N802, D102
-        self, request: bytes, context: Any
+        self, request: jobs_pb2.ReadJobResultRequest, context: Any
     ) -> AsyncIterator[bytes]:
         parts = _answered(context, self._read(request))
         async with aclosing(parts):
@@ -133,14 +142,9 @@ class JobService:
         await (await self.desk()).delete(request.name)
         return jobs_pb2.DeleteJobResponse()
 
-    async def _read(self, raw: bytes) -> AsyncGenerator[bytes]:
-        try:
-            request = jobs_pb2.ReadJobResultRequest.FromString(raw)
-        except DecodeError as error:
-            raise ServiceError(
-                "MALFORMED_REQUEST",
-                "the request can't be read. Send messages as the contract has them.",
-            ) from error
+    async def _read(
+        self, request: jobs_pb2.ReadJobResultRequest
+    ) -> AsyncGenerator[bytes]:
         desk = await self.desk()
         async with aclosing(desk.read(request)) as parts:
             async for part in parts:
@@ -190,7 +194,11 @@ _HANDLERS: Mapping[str, Handler] = {
         jobs_pb2.DeleteJobRequest.FromString,
         jobs_pb2.DeleteJobResponse.SerializeToString,
     ),
-    "ReadJobResult": (grpc.unary_stream_rpc_method_handler, None, None),
+    "ReadJobResult": (
+        grpc.unary_stream_rpc_method_handler,
+        jobs_pb2.ReadJobResultRequest.FromString,
+        None,
+    ),
 }
 
 

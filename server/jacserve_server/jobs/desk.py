@@ -26,11 +26,12 @@ from jacserve_server.jobs.folder import JobFolder
 from jacserve_server.jobs.messages import encode_job, encode_page, read_page
 from jacserve_server.jobs.records import JobRecord, NewJob
 from jacserve_server.jobs.requests import JobRequest, check_id, fit, id_of, spec_of
-from jacserve_server.jobs.results import Results
+from jacserve_server.jobs.results import Results, occupied
 from jacserve_server.jobs.runs import JobRun
 from jacserve_server.jobs.states import FINAL
 from jacserve_server.jobs.storage import Location, locate
 from jacserve_server.jobs.table import JobTable, TableError
+from jacserve_server.jobs.threads import in_thread
 from jacserve_server.jobs.uploads import Upload
 from jacserve_server.jobs.worker import JobWorker
 from jacserve_server.machine import Machine
@@ -62,10 +63,14 @@ class JobDesk:
         self._config = config
         self._catalog = catalog
         self._folder = JobFolder(config.jobs_dir)
-        self._table = JobTable(
-            config.jobs_database or f"sqlite:///{config.jobs_dir / 'jobs.sqlite'}",
-            self._folder.id,
-        )
+        try:
+            self._table = JobTable(
+                config.jobs_database or f"sqlite:///{config.jobs_dir / 'jobs.sqlite'}",
+                self._folder.id,
+            )
+        except BaseException:
+            self._folder.close()
+            raise
         self._pool = ThreadPoolExecutor(_IO_THREADS, "jobs")
         # The table's calls wait for each other anyway.
         self._table_pool = ThreadPoolExecutor(2, "jobs-table")
@@ -193,8 +198,9 @@ class JobDesk:
         given = [*query.inputs, *query.tangents, *query.cotangents]
         shapes = [each.tensor for each in given if not each.HasField("source")]
         try:
-            upload = await self._in_pool(Upload, staged, shapes, raw, holes)
+            upload = Upload(staged, shapes, raw, holes)
             try:
+                await self._in_pool(upload.begin)
                 async for part in raws:
                     if upload.feed(part):
                         await self._in_pool(upload.write)
@@ -216,7 +222,8 @@ class JobDesk:
         try:
             ttl_s = self._config.job_ttl_s
             if request.spec.HasField("ttl"):
-                ttl_s = min(ttl_s, request.spec.ttl.ToTimedelta().total_seconds())
+                ttl = request.spec.ttl
+                ttl_s = min(ttl_s, ttl.seconds + ttl.nanos / 1e9)
             task = request.task
             record, is_new = self._table.create(
                 NewJob(
@@ -371,7 +378,8 @@ class JobDesk:
         record = await self._find(job_id)
         spec = spec_of(record.request)
         asked = dict.fromkeys(spec.query.quantities)
-        for place, number in enumerate(request.quantities):
+        wanted = dict.fromkeys(request.quantities) or asked
+        for place, number in enumerate(wanted):
             if number not in asked:
                 words = ", ".join(word(QUANTITIES, each) for each in asked)
                 raise ServiceError(
@@ -395,21 +403,28 @@ class JobDesk:
             )
         if stop > record.ready_count:
             await self._check_computed(record, start, stop)
-        output = self._location(record)
-        results = await self._in_pool(Results, output, record.uid)
-        layout = word(LAYOUTS, spec.query.layout) if spec.query.layout else "csr"
-        async for part in downloads.parts(
-            results,
-            start,
-            stop,
-            quantities=[
-                word(QUANTITIES, number) for number in request.quantities or asked
-            ],
-            layout=layout,
-            block_rows=record.chunk_size or 1,
-            in_thread=self._in_pool,
-        ):
-            yield part
+        try:
+            output = self._location(record)
+            results = await self._in_pool(self._opened, output, record.uid)
+            layout = word(LAYOUTS, spec.query.layout) if spec.query.layout else "csr"
+            async for part in downloads.parts(
+                results,
+                start,
+                stop,
+                quantities=[word(QUANTITIES, number) for number in wanted],
+                layout=layout,
+                block_rows=record.chunk_size or 1,
+                in_thread=self._in_pool,
+            ):
+                yield part
+        except ServiceError:
+            # Its results go a moment after the job.
+            if (await self._find(job_id)).uid != record.uid:
+                raise _not_found(job_id) from None
+            raise
+
+    def _opened(self, output: Location, uid: str) -> Results:
+        return Results(output, uid, is_writable=False)
 
     async def _check_computed(self, record: JobRecord, start: int, stop: int) -> None:
         chunks = await self._in_table(self._table.chunks, record.uid)
@@ -489,47 +504,23 @@ class JobDesk:
             )
 
     async def _in_pool(self, call: Callable[..., T], /, *arguments: Any) -> T:
-        return await _finished(self._pool, call, *arguments)
+        return await in_thread(self._pool, call, *arguments)
 
     async def _in_table(self, call: Callable[..., T], /, *arguments: Any) -> T:
         try:
-            return await _finished(self._table_pool, call, *arguments)
+            return await in_thread(self._table_pool, call, *arguments)
         except TableError as error:
             raise ServiceError("STORAGE_UNAVAILABLE", str(error)) from error
 
 
-async def _finished(pool: ThreadPoolExecutor, call: Callable[..., T], *args: Any) -> T:
-    """Calls in a thread. To cancel this takes effect when the thread has finished.
-
-    A client may go at any moment, and gRPC cancels its call more than once. What tidies
-    up must run nevertheless, and must not meet a thread that is still writing.
-    """
-    running = asyncio.get_running_loop().run_in_executor(pool, call, *args)
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        while not running.done():
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait([running])
-        if not running.cancelled():
-            running.exception()  # Nobody else will ask for it.
-        raise
-
-
 def _check_absent(output: Location) -> None:
     try:
-        storage.identity(output)
+        is_there = storage.exists(output)
     except ServiceError as error:
-        if error.reason == "SOURCE_UNREADABLE":
-            return
         error.field = "output"
         raise
-    raise ServiceError(
-        "MALFORMED_REQUEST",
-        f"{output.name} is there already. Name a new store.",
-        field="output",
-        output=output.name,
-    )
+    if is_there:
+        raise occupied(output)
 
 
 def _folder_unavailable(error: OSError) -> ServiceError:

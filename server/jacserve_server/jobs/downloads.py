@@ -46,7 +46,7 @@ async def parts(
     finite = await in_thread(results.read_finite, start, stop)
     head, indices = _head(results, leaves, start, stop, layout, finite)
     blocks = list(_blocks(start, stop, block_rows))
-    if head.ByteSize() and _size_bytes(head) <= PIECE_BYTES:
+    if _size_bytes(head) <= PIECE_BYTES:
         payloads: list[Array] = []
         for leaf in leaves:
             rows = await in_thread(results.read, leaf, start, stop)

@@ -4,7 +4,6 @@ An engine is given plain data and keeps nothing of a job that it could not make 
 So another one, on a cluster, can stand in this one's place.
 """
 
-import asyncio
 import threading
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
@@ -23,6 +22,7 @@ from jacserve_server.jobs.plans import Chunk, ChunkReport, RowSource, Task
 from jacserve_server.jobs.results import Results
 from jacserve_server.jobs.sizing import Sizes, choose_sizes
 from jacserve_server.jobs.sources import Source, open_source
+from jacserve_server.jobs.threads import in_thread
 from jacserve_server.scheduler import Scheduler
 from jacserve_server.work import InputSpec, Outcome, ProgramKey, Work
 
@@ -166,7 +166,7 @@ class LocalEngine:
             )
         else:
             await self._in_thread(results.remove_partial, task.output)
-        opened = await self._in_thread(Results, task.output, task.job)
+        opened = await self._in_thread(_opened, task)
         self._results[task.job] = opened
         key = ProgramKey(task.computation, bucket_for(sizes.batch_size))
         return Prepared(sizes, await self._fingerprint(key))
@@ -195,14 +195,7 @@ class LocalEngine:
         await self._in_thread(self._sources.close, task.sources)
 
     async def _in_thread(self, call: Callable[..., T], *arguments: Any) -> T:
-        loop = asyncio.get_running_loop()
-        running = loop.run_in_executor(self._pool, call, *arguments)
-        try:
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
-            # Whoever comes next must not find it still writing.
-            await asyncio.wait([running])
-            raise
+        return await in_thread(self._pool, call, *arguments)
 
     def _read(self, task: Task, start: int, stop: int) -> list[Array]:
         return [
@@ -245,6 +238,10 @@ class LocalEngine:
             first_non_finite=chunk.start + int(bad[0]) if len(bad) else None,
             execute_s=sum(outcome.execute_s for outcome in outcomes),
         )
+
+
+def _opened(task: Task) -> Results:
+    return Results(task.output, task.job, is_writable=True)
 
 
 def _joined(parts: Sequence[Array]) -> Array:

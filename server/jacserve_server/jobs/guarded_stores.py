@@ -12,7 +12,11 @@ class GuardedStore(Store):
     """Another store, all of whose methods run in a context that checks the key."""
 
     def __init__(
-        self, store: Store, guard: Callable[[str], AbstractContextManager[None]]
+        self,
+        store: Store,
+        guard: Callable[[str], AbstractContextManager[None]],
+        *,
+        is_whole: bool = False,
     ) -> None:
         """Takes a store.
 
@@ -20,10 +24,13 @@ class GuardedStore(Store):
             store: The store.
             guard: Makes a context of a key, or of a prefix of keys, which is "" for
                 all. It raises, or translates what is raised inside it.
+            is_whole: Whether all chunks were written. One that is not there is an
+                error then, and not one of fill values.
         """
         super().__init__(read_only=store.read_only)
         self._store = store
         self._guard = guard
+        self._is_whole = is_whole
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, GuardedStore) and self._store == other._store
@@ -36,7 +43,8 @@ class GuardedStore(Store):
         return f"{type(self).__name__}({type(self._store).__name__})"
 
     def with_read_only(self, read_only: bool = False) -> Self:  # noqa: D102
-        return type(self)(self._store.with_read_only(read_only), self._guard)
+        store = self._store.with_read_only(read_only)
+        return type(self)(store, self._guard, is_whole=self._is_whole)
 
     async def _open(self) -> None:
         with self._guard(""):
@@ -58,7 +66,10 @@ class GuardedStore(Store):
         byte_range: ByteRequest | None = None,
     ) -> Buffer | None:
         with self._guard(key):
-            return await self._store.get(key, prototype, byte_range)
+            found = await self._store.get(key, prototype, byte_range)
+            if found is None and self._is_whole and not _is_document(key):
+                raise FileNotFoundError(key)
+            return found
 
     async def get_partial_values(  # noqa: D102
         self,
@@ -121,3 +132,7 @@ class GuardedStore(Store):
         with self._guard(prefix):
             async for key in self._store.list_dir(prefix):
                 yield key
+
+
+def _is_document(key: str) -> bool:
+    return key.rpartition("/")[2] in {"zarr.json", ".zarray", ".zgroup", ".zattrs"}

@@ -136,7 +136,9 @@ def read_page(request: jobs_pb2.ListJobsRequest) -> Page:
                 field=f"states[{place}]",
                 number=number,
             )
-    states: list[JobState] = [_STATES[number] for number in request.states]
+    states: list[JobState] = [
+        _STATES[number] for number in dict.fromkeys(request.states)
+    ]
     return Page(tuple(states), before, min(size or _DEFAULT_PAGE, _LARGEST_PAGE))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from google.protobuf.duration_pb2 import Duration
 
 from jacserve import tensors
 from jacserve.tensors import Array
@@ -25,6 +26,7 @@ from jacserve_server.signature import FunctionSpec
 from jacserve_server.work import Work
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
+_LONGEST_TTL_S = 315_576_000_000  # The most that a Duration may hold.
 _ID_RULE = "1 to 63 letters, digits, '-', '_' or '.', the first a letter or a digit"
 
 
@@ -120,6 +122,7 @@ def fit(
             field="batch_size",
             batch_size=spec.batch_size,
         )
+    _check_ttl(spec.ttl)
     query_message, places, identities = _with_shapes(spec.query, roots, uploads)
     query = decode_query(query_message, placeholder)
     _check_options(query)
@@ -209,6 +212,18 @@ def _describe(tensor: pb.Tensor, place: RowSource, field: str) -> None:
     tensor.dtype = DTYPES[opened.dtype.name]
     tensor.shape.extend(opened.shape)
     tensor.streamed_bytes = math.prod(opened.shape) * opened.dtype.itemsize
+
+
+def _check_ttl(ttl: Duration) -> None:
+    if not (0 <= ttl.seconds <= _LONGEST_TTL_S and 0 <= ttl.nanos < 10**9):
+        raise ServiceError(
+            "MALFORMED_REQUEST",
+            f"ttl has {ttl.seconds} seconds and {ttl.nanos} nanos. Pass 0 to "
+            f"{_LONGEST_TTL_S} seconds and 0 to 999999999 nanos, or leave it out.",
+            field="ttl",
+            seconds=ttl.seconds,
+            nanos=ttl.nanos,
+        )
 
 
 def _check_options(query: Query) -> None:

@@ -6,18 +6,22 @@ its indices. Rows that are not computed are NaN, or 0 where the dtype has no NaN
 "status" tells them from others. So the store can be read while it is written.
 """
 
+import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 import numpy as np
 import zarr
 import zarr.abc.store
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
 
 from jacserve import trees
 from jacserve.sparse import Pattern
@@ -103,7 +107,7 @@ def create(
         circumstances: What else is to be known of the results, for the attributes.
 
     Raises:
-        ServiceError: The store can't be written.
+        ServiceError: The store can't be written, or something else is there.
     """
     computation, rows = task.computation, task.point_count
     about = {
@@ -118,9 +122,9 @@ def create(
         "arrays": [_described(leaf) for leaf in leaves],
     }
     with storage_errors(task.output):
-        storage.remove(task.output)
+        _make_room(task)
         store = storage.zarr_store(task.output, is_writable=True)
-        group = zarr.create_group(store, attributes={"jacserve": about})
+        group = _create_group(task, store, {"jacserve": about})
         for leaf in leaves:
             more = {"function": computation.function, **_described(leaf)}
             name, kept = leaf.name, leaf.kept_dtype
@@ -137,6 +141,60 @@ def create(
         # Last: a store that has it is complete.
         kept = np.dtype(np.uint8)
         _create_array(group, STATUS, rows, chunk_size, kept, (), flags)
+
+
+def _make_room(task: Task) -> None:
+    """Removes what there is of the task's store, and refuses what else there is."""
+    location = task.output
+    if not storage.exists(location):
+        return
+    found = _job_of(location)
+    if found == task.job:
+        storage.remove(location)
+    elif found is not None or not _is_empty(location):
+        raise occupied(location)
+
+
+def _job_of(location: Location) -> Any:
+    """Returns whose store there is; None where there is none of a job."""
+    store = storage.zarr_store(location, is_writable=False)
+    try:
+        about: Any = zarr.open_group(store, mode="r").attrs["jacserve"]
+        return about["job"]
+    except ServiceError as error:
+        if error.reason != "SOURCE_UNREADABLE":
+            raise
+    except Exception:
+        pass  # Whatever it is, it is no store of a job.
+    return None
+
+
+def _is_empty(location: Location) -> bool:
+    """Tells whether there is but a folder, as of a server killed at its first file."""
+    folder = storage.local_path(location)
+    if folder is None or not folder.is_dir():
+        return False
+    return all(path.match("*.partial") for path in folder.iterdir())
+
+
+def _create_group(task: Task, store: zarr.abc.store.Store, about: Any) -> zarr.Group:
+    """Makes the group; of two jobs that do so at once, for one of them."""
+    document = {"zarr_format": 3, "node_type": "group", "attributes": about}
+    buffer = default_buffer_prototype().buffer.from_bytes(json.dumps(document).encode())
+    sync(store.set_if_not_exists("zarr.json", buffer))
+    if _job_of(task.output) != task.job:
+        raise occupied(task.output)
+    return zarr.open_group(store, mode="r+")
+
+
+def occupied(location: Location) -> ServiceError:
+    """Returns the error of an output that is there already."""
+    return ServiceError(
+        "MALFORMED_REQUEST",
+        f"{location.name} is there already. Name a new store.",
+        field="output",
+        output=location.name,
+    )
 
 
 def _described(leaf: Leaf) -> dict[str, Any]:
@@ -198,12 +256,14 @@ def remove_partial(location: Location) -> None:
 class Results:
     """A job's store, opened. Its methods block; threads may share it."""
 
-    def __init__(self, location: Location, job: str) -> None:
+    def __init__(self, location: Location, job: str, *, is_writable: bool) -> None:
         """Opens it.
 
         Args:
             location: The store.
             job: Whose it is.
+            is_writable: Whether chunks are to be written; else computed rows are to be
+                read.
 
         Raises:
             ServiceError: It is not there, or another job's.
@@ -211,31 +271,34 @@ class Results:
         self._location = location
         self._lock = threading.Lock()
         self._unsynced: list[Path] = []
-        with storage_errors(location):
-            self._store = storage.zarr_store(location, is_writable=True)
-            try:
-                group = zarr.open_group(self._store, mode="r+")
-                about: Any = group.attrs["jacserve"]
-                self._status = self._open(STATUS)
-            except (KeyError, FileNotFoundError) as error:
-                raise _vanished(location) from error
+        store = storage.zarr_store(location, is_writable=is_writable)
+        # Indices that are all zero have no chunk, but rows that are computed have one.
+        rows = storage.zarr_store(location, is_writable=False, is_whole=True)
+        self._store, self._rows = store, store if is_writable else rows
+        self._mode: Literal["r", "r+"] = "r+" if is_writable else "r"
+        with _job_errors(location):
+            group = zarr.open_group(store, mode=self._mode)
+            about: Any = group.attrs["jacserve"]
             if about["job"] != job:
                 raise _vanished(location)
+            self._status = self._open(STATUS, self._rows)
             self.about: Mapping[str, Any] = about
             self.leaves = [self._leaf(each) for each in about["arrays"]]
-            self._arrays = {leaf.name: self._open(leaf.name) for leaf in self.leaves}
+            self._arrays = {
+                leaf.name: self._open(leaf.name, self._rows) for leaf in self.leaves
+            }
 
-    def _open(self, name: str) -> Any:
+    def _open(self, name: str, store: zarr.abc.store.Store) -> Any:
         # To find out whether a chunk is empty takes longer than to write it.
         config = {"write_empty_chunks": True}
-        return zarr.open_array(self._store, path=name, mode="r+", config=config)
+        return zarr.open_array(store, path=name, mode=self._mode, config=config)
 
     def _leaf(self, about: Mapping[str, Any]) -> Leaf:
         pattern = None
         if "pattern" in about:
             folder = about["name"].removesuffix("/data")
             rows, columns = (
-                np.asarray(self._open(f"{folder}/{label}")[:])
+                np.asarray(self._open(f"{folder}/{label}", self._store)[:])
                 for label in ("rows", "columns")
             )
             m, n = about["matrix_shape"]
@@ -321,7 +384,7 @@ class Results:
         Raises:
             ServiceError: They can't be read.
         """
-        with storage_errors(self._location):
+        with _job_errors(self._location):
             rows = np.ascontiguousarray(self._arrays[leaf.name][start:stop])
         return rows if leaf.dtype != "bfloat16" else rows.view(dtype_named("bfloat16"))
 
@@ -338,7 +401,7 @@ class Results:
         Raises:
             ServiceError: They can't be read.
         """
-        with storage_errors(self._location):
+        with _job_errors(self._location):
             return np.asarray(self._status[start:stop]) == FINITE
 
 
@@ -352,6 +415,20 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _job_errors(location: Location) -> Iterator[None]:
+    """As `storage_errors`; what a job has written was there, and may come back."""
+    try:
+        with storage_errors(location):
+            yield
+    except KeyError as error:
+        raise _vanished(location) from error
+    except ServiceError as error:
+        if error.reason != "SOURCE_UNREADABLE":
+            raise
+        raise _vanished(location) from error
 
 
 def _vanished(location: Location) -> ServiceError:

@@ -13,6 +13,7 @@ from jacserve_server.jobs.engine import Engine
 from jacserve_server.jobs.plans import ChunkReport, JobPlan, Task
 from jacserve_server.jobs.records import ChunkRecord, JobRecord
 from jacserve_server.jobs.requests import JobRequest
+from jacserve_server.jobs.rows import least
 from jacserve_server.jobs.sizing import Sizes
 from jacserve_server.jobs.table import JobTable
 from jacserve_server.statuses import explained, status_of
@@ -79,6 +80,7 @@ class JobRun:
         self._clock = clock
         self._task: Task | None = None
         self._done: set[int] = set()
+        self._first_bad: int | None = None  # The first row that gave NaN or Inf.
         self._ready = 0  # Chunks before the first that is not done.
         self._unsettled: list[int] = []
         self._sync_at = 0.0
@@ -122,6 +124,8 @@ class JobRun:
         await self._in_thread(self._table.unsettle, self._uid, self._server, boot_id())
         chunks = await self._in_thread(self._table.chunks, self._uid)
         self._done = {chunk.index for chunk in chunks}
+        # It may be known from before, if the server ended before it could be told.
+        self._first_bad = least(chunk.first_non_finite for chunk in chunks)
         plan = await self._planned(task, request.spec.batch_size)
         self._advance()
         self._sync_at = time.monotonic() + _SYNC_S
@@ -161,8 +165,12 @@ class JobRun:
                 index = next(missing, None)
                 if index is None:
                     return
-                run = self._engine.run(plan.chunk(index))
-                pending.add(asyncio.create_task(run))
+                chunk = plan.chunk(index)
+                # What comes before a row at fault may have another one.
+                bad = self._first_bad if require_finite else None
+                if bad is not None and chunk.start > bad:
+                    return
+                pending.add(asyncio.create_task(self._engine.run(chunk)))
 
         fill()
         try:
@@ -170,14 +178,15 @@ class JobRun:
                 finished, pending = await asyncio.wait(
                     pending, return_when=asyncio.FIRST_COMPLETED
                 )
+                for each in finished:
+                    if each.exception() is None:
+                        bad = each.result().first_non_finite
+                        self._first_bad = least((self._first_bad, bad))
                 fill()
                 # Those that are done count, even where another one has failed.
                 for each in finished:
                     if each.exception() is None:
-                        report = each.result()
-                        await self._commit(plan, report)
-                        if require_finite and report.first_non_finite is not None:
-                            raise _not_finite(plan, report.first_non_finite)
+                        await self._commit(plan, each.result())
                 for each in finished:
                     each.result()
                 if syncing is not None and syncing.done():
@@ -187,6 +196,8 @@ class JobRun:
                     syncing = asyncio.create_task(self._settle())
             if syncing is not None:
                 await syncing
+            if require_finite and self._first_bad is not None:
+                raise _not_finite(plan, self._first_bad)
         finally:
             left = [*pending, *([] if syncing is None else [syncing])]
             for each in left:

@@ -60,7 +60,7 @@ async def choose_sizes(
     """
     most = min(_power_above(point_count), _power_below(max_batch or point_count * 2))
     if batch_size:
-        rows = min(batch_size, max_batch or batch_size)
+        rows = min(batch_size, point_count, max_batch or batch_size)
         sample = await run(rows)
     else:
         rows, sample = await _measured(run, most)

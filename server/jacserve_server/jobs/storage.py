@@ -389,6 +389,28 @@ class _StoredFile(io.RawIOBase):
                 super().close()
 
 
+def exists(location: Location) -> bool:
+    """Tells whether there is anything at a location.
+
+    Args:
+        location: A file, a folder or a store.
+
+    Returns:
+        Whether there is.
+
+    Raises:
+        ServiceError: It can't be told, or leads out of the root.
+    """
+    path = local_path(location)
+    if path is not None:
+        with storage_errors(location):
+            return path.exists()
+    system, remote = _filesystem(location)
+    with _transport_errors(location):
+        system.invalidate_cache(remote.rpartition("/")[0])
+        return bool(system.exists(remote))
+
+
 def identity(location: Location, array: str = "") -> str:
     """Returns a text that is another one when the file has changed.
 
@@ -447,12 +469,15 @@ def remove(location: Location) -> None:
                 path.unlink()
 
 
-def zarr_store(location: Location, *, is_writable: bool) -> Store:
+def zarr_store(
+    location: Location, *, is_writable: bool, is_whole: bool = False
+) -> Store:
     """Returns the store at a location, for Zarr.
 
     Args:
         location: A Zarr store, or where to make one.
         is_writable: Whether it may be written to.
+        is_whole: As for `GuardedStore`.
 
     Returns:
         A store, of which every method raises ServiceError in place of OSError, and
@@ -464,12 +489,13 @@ def zarr_store(location: Location, *, is_writable: bool) -> Store:
     guard = functools.partial(_guarded, location)
     path = local_path(location)
     if path is not None:
-        return GuardedStore(LocalStore(path, read_only=not is_writable), guard)
+        store = LocalStore(path, read_only=not is_writable)
+        return GuardedStore(store, guard, is_whole=is_whole)
     with _installed(location), _transport_errors(location):
         root = FsspecStore.from_url(location.root)
         path = _joined(root.path, location.path)
         store = FsspecStore(root.fs, path=path, read_only=not is_writable)
-        return GuardedStore(store, guard)
+        return GuardedStore(store, guard, is_whole=is_whole)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ def file_name(place: int) -> str:
 class Upload:
     """Writes the tensors of a query into a folder.
 
-    `feed` gathers, `write` and what makes or ends it writes; the latter may block.
+    `feed` gathers; `begin`, `write` and `finish` write, and may block.
     """
 
     def __init__(
@@ -39,42 +39,44 @@ class Upload:
         raw: bytes,
         holes: Sequence[Hole],
     ) -> None:
-        """Makes the files, and writes what the head has of them.
+        """Writes nothing yet.
 
         Args:
             folder: A new folder.
             shapes: The hollow tensors.
             raw: The part that the head came in.
             holes: Where the bytes of those are that have any.
-
-        Raises:
-            ServiceError: There is no room for them.
-            OSError: They can't be written.
         """
         self._digest = hashlib.sha256()
         self._files: list[BinaryIO] = []
         self._gathered: list[tuple[int, memoryview]] = []
         self._gathered_bytes = 0
         self._folder = folder
-        folder.mkdir(parents=True)
-        try:
-            self._check_room(sum(hole.size for hole in holes))
-            for place, tensor in enumerate(shapes):
-                self._files.append((folder / file_name(place)).open("xb"))
-                _write_header(self._files[-1], tensor)
-            with_bytes = [n for n, each in enumerate(shapes) if each.streamed_bytes]
-            pairs = list(zip(with_bytes, holes, strict=True))
-            self._awaited = [place for place, hole in pairs if hole.start is None]
-            self._pieces = Pieces([h.size for h in holes if h.start is None])
-            view = memoryview(raw)
-            for place, hole in pairs:
-                if hole.start is not None:
-                    data = view[hole.start : hole.start + hole.size]
-                    self._gathered.append((place, data))
-            self.write()
-        except BaseException:
-            self.close()
-            raise
+        self._shapes = shapes
+        self._size_bytes = sum(hole.size for hole in holes)
+        with_bytes = [n for n, each in enumerate(shapes) if each.streamed_bytes]
+        pairs = list(zip(with_bytes, holes, strict=True))
+        self._awaited = [place for place, hole in pairs if hole.start is None]
+        self._pieces = Pieces([h.size for h in holes if h.start is None])
+        view = memoryview(raw)
+        for place, hole in pairs:
+            if hole.start is not None:
+                data = view[hole.start : hole.start + hole.size]
+                self._gathered.append((place, data))
+
+    def begin(self) -> None:
+        """Makes the files, and writes what the head has of them.
+
+        Raises:
+            ServiceError: There is no room for them.
+            OSError: They can't be written.
+        """
+        self._folder.mkdir(parents=True)
+        self._check_room(self._size_bytes)
+        for place, tensor in enumerate(self._shapes):
+            self._files.append((self._folder / file_name(place)).open("xb"))
+            _write_header(self._files[-1], tensor)
+        self.write()
 
     @property
     def is_complete(self) -> bool:

@@ -1,0 +1,31 @@
+"""Calls that block, in threads."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+async def in_thread(pool: Executor, call: Callable[..., T], /, *arguments: Any) -> T:
+    """Calls what blocks in a thread; if this is cancelled, when the call has ended.
+
+    Args:
+        pool: Has the thread.
+        call: What blocks.
+        *arguments: Its arguments.
+
+    Returns:
+        What it returns.
+    """
+    loop = asyncio.get_running_loop()
+    running = loop.run_in_executor(pool, call, *arguments)
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        # Whoever comes next must not find it still writing.
+        await asyncio.wait([running])
+        if not running.cancelled():
+            running.exception()  # Nobody waits for it, and the loop would complain.
+        raise
