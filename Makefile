@@ -68,6 +68,10 @@ bench-quick: $(VENV)/.dev ## The same in two minutes, to see that it works
 bench-gpu: $(VENV)/.dev ## The same with functions on a GPU, where there is one
 	@$(BIN)/python -m benchmarks.fast_path --device gpu
 
+.PHONY: bench-jobs
+bench-jobs: $(VENV)/.dev ## Measures batch jobs beside loops; ten minutes at most
+	@$(BIN)/python -m benchmarks.jobs
+
 .PHONY: bench-sparse
 bench-sparse: $(VENV)/.dev ## Times sparse Jacobians beside dense ones and asdex
 	@$(BIN)/python benchmarks/sparse.py
