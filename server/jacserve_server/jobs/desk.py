@@ -89,7 +89,7 @@ class JobDesk:
             functions=[spec.qualified_name for spec in catalog.specs],
             make_run=self._make_run,
             remove_files=self._remove_files,
-            sweep=self._folder.sweep,
+            sweep=lambda: self._folder.sweep(self._is_known),
             in_thread=self._in_table,
             max_running=config.max_running_jobs,
             keep=config.max_finished_jobs,
@@ -445,6 +445,9 @@ class JobDesk:
     def _location(self, record: JobRecord) -> Location:
         spec = spec_of(record.request)
         return self._output(spec, record.uid)
+
+    def _is_known(self, uid: str) -> bool:
+        return self._table.get(uid) is not None
 
     def _make_run(self, record: JobRecord) -> JobRun:
         return JobRun(

@@ -85,11 +85,12 @@ class Engine(Protocol):
         """
         ...
 
-    async def sync(self, task: Task) -> None:
-        """Waits until every chunk whose run has ended outlives the machine.
+    async def sync(self, task: Task, indexes: Sequence[int]) -> None:
+        """Waits until chunks that were written would outlive a loss of power.
 
         Args:
             task: Whose chunks.
+            indexes: Their places.
 
         Raises:
             ServiceError: It can't be.
@@ -185,9 +186,9 @@ class LocalEngine:
             outcomes.append(await self._compute(task, of_batch, chunk.batch_size))
         return await self._in_thread(self._write, chunk, outcomes)
 
-    async def sync(self, task: Task) -> None:
+    async def sync(self, task: Task, indexes: Sequence[int]) -> None:
         """Waits until what was written is on the disk; see `Engine`."""
-        await self._in_thread(self._results[task.job].sync)
+        await self._in_thread(self._results[task.job].sync, indexes)
 
     async def close(self, task: Task) -> None:
         """Lets go of a task's files; see `Engine`."""
@@ -229,7 +230,7 @@ class LocalEngine:
         arrays = [_joined(column) for column in columns]
         finite = _joined([outcome.finite for outcome in outcomes])
         opened = self._results[chunk.task.job]
-        opened.write(chunk.index, chunk.start, arrays, finite)
+        opened.write(chunk.start, arrays, finite)
         bad = np.flatnonzero(~finite)
         return ChunkReport(
             index=chunk.index,

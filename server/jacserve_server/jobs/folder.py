@@ -5,7 +5,9 @@ Servers that share the folder share its jobs; who lives is seen by locks in it.
 
 import os
 import shutil
+import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from jacserve_server.jobs.liveness import Presence
@@ -68,11 +70,21 @@ class JobFolder:
         """Removes the arrays of a job."""
         shutil.rmtree(self._uploads / uid, ignore_errors=True)
 
-    def sweep(self) -> None:
-        """Removes what servers that were killed have left of jobs not yet made."""
+    def sweep(self, is_known: Callable[[str], bool]) -> None:
+        """Removes what servers that were killed have left of jobs not yet made.
+
+        Args:
+            is_known: Tells whether there is a job of a uid.
+        """
         for path in self._uploads.iterdir():
-            _, _, server = path.name.partition(".")
-            if server and not self.presence.is_alive(server):
+            uid, _, server = path.name.partition(".")
+            if server:
+                is_left = not self.presence.is_alive(server)
+            else:
+                # A moment passes between a job's files and the job.
+                age_s = time.time() - path.stat().st_mtime
+                is_left = age_s > _STALE_S and not is_known(uid)
+            if is_left:
                 shutil.rmtree(path, ignore_errors=True)
 
 

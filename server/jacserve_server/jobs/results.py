@@ -8,7 +8,6 @@ its indices. Rows that are not computed are NaN, or 0 where the dtype has no NaN
 
 import json
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,6 +140,12 @@ def create(
         # Last: a store that has it is complete.
         kept = np.dtype(np.uint8)
         _create_array(group, STATUS, rows, chunk_size, kept, (), flags)
+        folder = storage.local_path(task.output)
+        if folder is not None:
+            for path in folder.rglob("*"):
+                _sync(path)
+            _sync(folder)
+            _sync(folder.parent)
 
 
 def _make_room(task: Task) -> None:
@@ -269,8 +274,6 @@ class Results:
             ServiceError: It is not there, or another job's.
         """
         self._location = location
-        self._lock = threading.Lock()
-        self._unsynced: list[Path] = []
         store = storage.zarr_store(location, is_writable=is_writable)
         # Indices that are all zero have no chunk, but rows that are computed have one.
         rows = storage.zarr_store(location, is_writable=False, is_whole=True)
@@ -312,13 +315,10 @@ class Results:
             pattern=pattern,
         )
 
-    def write(
-        self, index: int, start: int, arrays: Sequence[Array], finite: Array
-    ) -> None:
-        """Writes a chunk. That it is there can be relied on when the method returns.
+    def write(self, start: int, arrays: Sequence[Array], finite: Array) -> None:
+        """Writes a chunk. It is there when this returns, though the process be killed.
 
         Args:
-            index: The chunk's place.
             start: Its first row.
             arrays: Its rows of each leaf.
             finite: For each row, whether all of its numbers are finite.
@@ -328,47 +328,39 @@ class Results:
         """
         stop = start + len(finite)
         status = np.where(finite, np.uint8(FINITE), np.uint8(NON_FINITE))
-        folder = storage.local_path(self._location)
         with storage_errors(self._location):
             if not self.is_there():
                 raise _vanished(self._location)
-            written: list[Path] = []
             for leaf, rows in zip(self.leaves, arrays, strict=True):
-                array = self._arrays[leaf.name]
                 kept = rows if rows.dtype == leaf.kept_dtype else rows.view(np.uint16)
-                array[start:stop] = kept
-                if folder is not None and rows.size:
-                    written.append(folder / leaf.name / _key(array, index))
+                self._arrays[leaf.name][start:stop] = kept
             # Last: who sees that a row is computed, sees the row.
             self._status[start:stop] = status
-            if folder is not None:
-                written.append(folder / STATUS / _key(self._status, index))
-        with self._lock:
-            self._unsynced += written
 
     def is_there(self) -> bool:
         """Tells whether the store has not been taken away."""
         folder = storage.local_path(self._location)
         return folder is None or (folder / "zarr.json").exists()
 
-    def sync(self) -> None:
-        """Waits until all that was written is on the disk.
+    def sync(self, indexes: Sequence[int]) -> None:
+        """Waits until chunks are on the disk.
+
+        Args:
+            indexes: Their places.
 
         Raises:
-            ServiceError: It can't be.
+            ServiceError: They can't be written there.
         """
-        with self._lock:
-            written, self._unsynced = self._unsynced, []
-        try:
-            with storage_errors(self._location):
-                for path in written:
-                    _sync(path)
-                for folder in {path.parent for path in written}:
-                    _sync(folder)
-        except BaseException:
-            with self._lock:
-                self._unsynced += written
-            raise
+        folder = storage.local_path(self._location)
+        if folder is None:
+            return  # Other storages keep what they have taken.
+        arrays = [(leaf.name, self._arrays[leaf.name]) for leaf in self.leaves]
+        with storage_errors(self._location):
+            for name, array in [*arrays, (STATUS, self._status)]:
+                if array.size:
+                    for index in indexes:
+                        _sync(folder / name / _key(array, index))
+                _sync(folder / name)
 
     def read(self, leaf: Leaf, start: int, stop: int) -> Array:
         """Reads rows of an array.

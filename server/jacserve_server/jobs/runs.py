@@ -124,6 +124,8 @@ class JobRun:
         await self._in_thread(self._table.unsettle, self._uid, self._server, boot_id())
         chunks = await self._in_thread(self._table.chunks, self._uid)
         self._done = {chunk.index for chunk in chunks}
+        # Those that a killed server has left may be in the machine's memory alone.
+        self._unsettled = sorted(self._done)
         # It may be known from before, if the server ended before it could be told.
         self._first_bad = least(chunk.first_non_finite for chunk in chunks)
         plan = await self._planned(task, request.spec.batch_size)
@@ -172,6 +174,7 @@ class JobRun:
                     return
                 pending.add(asyncio.create_task(self._engine.run(chunk)))
 
+        failure: BaseException | None = None
         fill()
         try:
             while pending:
@@ -182,13 +185,13 @@ class JobRun:
                     if each.exception() is None:
                         bad = each.result().first_non_finite
                         self._first_bad = least((self._first_bad, bad))
-                fill()
+                failure = next(filter(None, map(_exception, finished)), failure)
+                if failure is None:
+                    fill()
                 # Those that are done count, even where another one has failed.
                 for each in finished:
                     if each.exception() is None:
                         await self._commit(plan, each.result())
-                for each in finished:
-                    each.result()
                 if syncing is not None and syncing.done():
                     syncing.result()
                     syncing = None
@@ -196,6 +199,8 @@ class JobRun:
                     syncing = asyncio.create_task(self._settle())
             if syncing is not None:
                 await syncing
+            if failure is not None:
+                raise failure
             if require_finite and self._first_bad is not None:
                 raise _not_finite(plan, self._first_bad)
         finally:
@@ -238,7 +243,7 @@ class JobRun:
         """Sees to it that what is committed outlives the machine."""
         committed, self._unsettled = self._unsettled, []
         if self._task is not None and committed:
-            await self._engine.sync(self._task)
+            await self._engine.sync(self._task, committed)
             await self._in_thread(
                 self._table.settle, self._uid, self._server, committed
             )
@@ -276,6 +281,10 @@ class JobRun:
 
     def _finish(self, state: Any, error: bytes | None) -> bool:
         return self._table.finish(self._uid, self._server, state, error=error)
+
+
+def _exception(task: asyncio.Task[ChunkReport]) -> BaseException | None:
+    return task.exception()
 
 
 def boot_id() -> str | None:

@@ -1,6 +1,7 @@
 """The arrays that come with a job, written to .npy files as they come."""
 
 import hashlib
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -121,6 +122,10 @@ class Upload:
             OSError: They can't be written.
         """
         self.write()
+        for file in self._files:
+            file.flush()
+            # The table will say that the job is there, also after a loss of power.
+            os.fsync(file.fileno())
         self.close()
         return self._digest.hexdigest()
 
