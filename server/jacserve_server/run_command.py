@@ -4,7 +4,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -55,12 +55,10 @@ def run(
             min=1, help="Points to compute at once.", show_default="what is measured"
         ),
     ] = None,
-    fail_on_nan: Annotated[
-        bool,
-        typer.Option(
-            "--fail-on-nan", help="Fail at the first point that gives NaN or Inf."
-        ),
-    ] = False,
+    on_error: Annotated[
+        Literal["record", "fail"],
+        typer.Option(help="Count points that give NaN or Inf, or fail at the first."),
+    ] = "record",
     cast: Cast = False,
     device: DeviceName = None,
 ) -> None:
@@ -91,8 +89,6 @@ def run(
     options: dict[str, Any] = {"wrt": wrt or (), "mode": mode, "cast": cast}
     if layout is not None:
         options["layout"] = layout
-    if fail_on_nan:
-        options["on_error"] = "fail"
     roots: dict[str, str] = {}
     settings: dict[str, Any] = {
         "jobs_dir": folder,
@@ -116,6 +112,7 @@ def run(
                 id=_ID,
                 batch_size=batch_size,
                 output=f"output/{output.name}",
+                on_error=on_error,
                 **options,
             )
             ended = _followed(job)

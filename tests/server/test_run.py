@@ -1,0 +1,129 @@
+"""`jacserve run`: jobs without a server, as a user runs them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+FUNCTIONS = """
+import jax, jax.numpy as jnp
+from jaxtyping import Array, Float
+from jacserve_server import Registry
+
+registry = Registry()
+LIMIT = 0.5
+
+@registry.function
+def square(x: Float[Array, "2"], scale: Float[Array, ""]) -> Float[Array, "2"]:
+    return scale * x**2
+
+@registry.function
+def slow(x: Float[Array, "2"]) -> Float[Array, "2"]:
+    return jax.lax.fori_loop(0, 100_000, lambda i, y: jnp.sin(y), x)
+
+def check(x):
+    if (x > LIMIT).any():
+        raise ValueError("a number is too large")
+    return x
+
+@registry.function
+def picky(x: Float[Array, "2"]) -> Float[Array, "2"]:
+    kind = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.pure_callback(check, kind, x, vmap_method="expand_dims")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "functions.py").write_text(FUNCTIONS)
+    np.save(tmp_path / "points.npy", np.random.default_rng(0).random((5000, 2)))
+    np.save(tmp_path / "scale.npy", np.array(3.0))
+    return tmp_path
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "jacserve", "run", "functions.py", *arguments]
+    return subprocess.Popen(
+        [*command, "-o", "out.zarr"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(folder: Path, *arguments: str) -> tuple[int, str]:
+    process = start(folder, *arguments)
+    _, errors = process.communicate(timeout=100)
+    return process.returncode, errors
+
+
+def test_it_computes_all_points_of_a_file(folder: Path) -> None:
+    asked = "square", "x=points.npy", "scale=scale.npy", "-q", "jacobian", "--wrt", "x"
+    status, errors = run(folder, *asked)
+    assert status == 0, errors
+    assert "5,000 of 5,000" in errors
+    points = np.load(folder / "points.npy")
+    store = zarr.open_group(folder / "out.zarr", mode="r")
+    expected = np.zeros((5000, 2, 2))
+    expected[:, [0, 1], [0, 1]] = 6 * points
+    np.testing.assert_allclose(store["jacobian"][:], expected, rtol=1e-12)
+    assert not (folder / "out.zarr.job").exists()
+    status, errors = run(folder, *asked)
+    assert (status, "is there already" in errors) == (2, True)
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_the_same_command_goes_on(folder: Path, end: signal.Signals) -> None:
+    asked = "slow", "points.npy", "-q", "value", "--batch-size", "64"
+    process = start(folder, *asked)
+    status_file = folder / "out.zarr" / "status"
+    while not list(status_file.glob("c.*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(end)
+    _, errors = process.communicate(timeout=60)
+    if end == signal.SIGINT:
+        assert process.returncode == 130
+        assert "goes on from here" in errors
+    before = {path: os.stat(path).st_mtime_ns for path in status_file.glob("c.*")}
+    status, errors = run(folder, "slow", "points.npy", "-q", "jacobian")
+    assert (status, "other options or other points" in errors) == (2, True)
+    status, errors = run(folder, *asked)
+    assert status == 0, errors
+    kept = [path for path, at in before.items() if os.stat(path).st_mtime_ns == at]
+    # Those in hand may be computed again: of each thread one, and one that is written.
+    assert len(kept) >= len(before) - 5
+    store = zarr.open_group(folder / "out.zarr", mode="r")
+    assert (np.asarray(store["status"][:]) == 1).all()
+
+
+def test_a_function_that_is_mended_starts_over(folder: Path) -> None:
+    status, errors = run(folder, "picky", "points.npy", "-q", "value")
+    assert (status, "a number is too large" in errors) == (1, True), errors
+    mended = FUNCTIONS.replace("LIMIT = 0.5", "LIMIT = 2")
+    (folder / "functions.py").write_text(mended)
+    status, errors = run(folder, "picky", "points.npy", "-q", "value")
+    assert status == 0, errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("square", "nowhere.npy"), "nowhere.npy is not there"),
+        (("square", "points.npy"), "scale was not given"),
+        (("squre", "points.npy"), "Did you mean square?"),
+        (("square", "x=points.npy", "x=points.npy"), "given twice"),
+        (("square", "x=points.npy", "scale.npy"), "by name, or none"),
+    ],
+)
+def test_bad_input(folder: Path, arguments: tuple[str, ...], text: str) -> None:
+    status, errors = run(folder, *arguments)
+    assert (status, text in errors) == (2, True), errors
+    assert "Traceback" not in errors
