@@ -2,8 +2,10 @@
 
 import logging
 import os
+import sqlite3
 import threading
 from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -428,3 +430,25 @@ def test_nothing_is_left_of_what_was_refused(tmp_path: Path) -> None:
             assert counts() <= before
     [upload] = (tmp_path / "jobs" / "uploads").iterdir()
     assert upload.is_dir()
+
+
+def test_a_table_that_cant_be_opened_holds_nothing(tmp_path: Path) -> None:
+    """However often it is tried; and once it is mended, jobs run."""
+    folder = tmp_path / "jobs"
+    folder.mkdir()
+    with closing(sqlite3.connect(folder / "jobs.sqlite")) as newer:
+        newer.execute("create table jacserve_schema (version integer primary key)")
+        newer.execute("insert into jacserve_schema values (99)")
+        newer.commit()
+    with serving(registry, jobs_dir=folder) as server:
+        with grpc.insecure_channel(server.target) as channel:
+            calls = Raw(server.target, channel)
+            for _ in range(3):
+                with pytest.raises(
+                    jacserve.JacobianError, match=r"version 99.*database\. Mend"
+                ):
+                    calls.create(GOOD)
+            assert not list((folder / "servers").iterdir())
+            (folder / "jobs.sqlite").unlink()
+            job = calls.end(calls.create(GOOD))
+            assert job.state == jobs_pb2.JOB_STATE_SUCCEEDED

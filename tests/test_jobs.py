@@ -252,7 +252,9 @@ def test_every_quantity_in_every_layout(client, function, quantity, layout) -> N
         client.evaluate(function, points, quantities=quantity, **options)
     except jacserve.InvalidRequestError as error:
         with pytest.raises(jacserve.InvalidRequestError) as caught:
-            client.submit_job(function, points, quantities=quantity, **options)
+            client.submit_job(function, points, quantities=quantity, **options).result(
+                60
+            )
         assert caught.value.reason == error.reason  # noqa: PT017
     else:
         check_job(client, function, points, quantity, batch_size=37, **options)

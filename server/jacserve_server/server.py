@@ -230,11 +230,13 @@ def _open_desk(catalog: Catalog, machine: Machine, config: Config) -> Any:
     try:
         return JobDesk(catalog, machine, config)
     except (TableError, OSError) as error:
-        cause = error.strerror if isinstance(error, OSError) else str(error)
+        cause = str(error)
+        if isinstance(error, OSError):  # Its text has the server's folders in it.
+            cause = error.strerror or type(error).__name__
         raise ServiceError(
             "STORAGE_UNAVAILABLE",
-            f"the server's jobs can't be opened: {cause}. Mend its jobs_dir or its "
-            "jobs_database.",
+            f"the server's jobs can't be opened: {cause.rstrip('.')}. Mend its "
+            "jobs_dir or its jobs_database.",
         ) from error
 
 

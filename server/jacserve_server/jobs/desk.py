@@ -527,9 +527,10 @@ def _check_absent(output: Location) -> None:
 
 
 def _folder_unavailable(error: OSError) -> ServiceError:
+    cause = error.strerror or type(error).__name__
     return ServiceError(
         "STORAGE_UNAVAILABLE",
-        f"the server's folder of jobs can't be written: {error.strerror}. Mend it, "
+        f"the server's folder of jobs can't be written: {cause}. Mend it, "
         "and submit the job again.",
     )
 
