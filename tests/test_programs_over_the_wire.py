@@ -4,6 +4,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float
 
 import jacserve
 from jacserve_server import Registry, serving
+from server_process import server_process
 
 registry = Registry()
 traces: Counter[str] = Counter()
@@ -168,3 +170,38 @@ def test_the_least_recently_used_program_goes_first(client: jacserve.Client) -> 
     assert traces["counted"] == 5
     client.jacobian("counted", np.ones(3), mode="forward")
     assert traces["counted"] == 6
+
+
+RIPPLED = """
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from jacserve_server import Registry
+
+registry = Registry()
+
+@registry.function
+def rippled(x: Float[Array, "8"]) -> Float[Array, "8"]:
+    return x + jnp.sin(jnp.roll(x, 1) * x)
+"""
+
+
+@pytest.mark.parametrize(
+    ("threads", "quantities"),
+    [("2", ("slogdet",)), ("10", ("slogdet", "newton_step", "singular_values"))],
+)
+def test_factorisations_of_several_callers_do_not_wait_for_each_other(
+    tmp_path: Path, threads: str, quantities: tuple[jacserve.Quantity, ...]
+) -> None:
+    """Batches that LAPACK divides among XLA's threads, as many as these or more."""
+    (tmp_path / "functions.py").write_text(RIPPLED)
+    points = np.random.default_rng(0).random((2**14, 8))
+    with (
+        server_process(tmp_path / "functions.py", NPROC=threads) as server,
+        jacserve.Client(server.target, timeout_s=45.0) as client,
+        ThreadPoolExecutor(4) as pool,
+    ):
+
+        def ask(_: int) -> bool:
+            return client.evaluate("rippled", points, quantities=quantities).finite
+
+        assert all(pool.map(ask, range(24)))

@@ -68,7 +68,7 @@ def test_it_computes_all_points_of_a_file(folder: Path) -> None:
     asked = "square", "x=points.npy", "scale=scale.npy", "-q", "jacobian", "--wrt", "x"
     status, errors = run(folder, *asked)
     assert status == 0, errors
-    assert "5,000 of 5,000" in errors
+    assert "succeeded, 5,000 points" in errors
     points = np.load(folder / "points.npy")
     store = zarr.open_group(folder / "out.zarr", mode="r")
     expected = np.zeros((5000, 2, 2))

@@ -383,3 +383,54 @@ def test_when_a_part_fails_those_that_wait_cost_no_device_time() -> None:
         assert len(executor.order) <= 2
 
     run(scenario())
+
+
+def background(scheduler: Scheduler[str], name: str, client: str = "job") -> Any:
+    computation = Computation(f"{name}@1", ("value",), (), None, "matrix", ())
+    work = Work(computation, (), None)
+    return asyncio.create_task(scheduler.submit_background(work, client))
+
+
+def test_the_background_takes_all_slots_that_nobody_has_asked_for() -> None:
+    async def scenario() -> None:
+        scheduler, executor = make(slots=2)
+        runs = [background(scheduler, f"b{n}") for n in range(3)]
+        await settled()
+        assert executor.order == ["b0", "b1"]
+        executor.gate.set()
+        await asyncio.gather(*runs)
+
+    run(scenario())
+
+
+def test_the_background_leaves_a_slot_to_queries_and_waits_for_them() -> None:
+    async def scenario() -> None:
+        scheduler, executor = make(slots=2, max_queries=9)
+        first = asyncio.create_task(call(scheduler, name="q0"))
+        await settled()
+        # One slot is free, and it is the last one.
+        runs = [background(scheduler, "b0")]
+        await settled()
+        assert executor.order == ["q0"]
+        queries = [asyncio.create_task(call(scheduler, name=f"q{n}")) for n in (1, 2)]
+        await settled()
+        assert executor.order == ["q0", "q1"]
+        executor.gate.set()
+        await asyncio.gather(first, *queries, *runs)
+        assert executor.order == ["q0", "q1", "q2", "b0"]
+
+    run(scenario())
+
+
+def test_jobs_take_turns_in_the_background() -> None:
+    async def scenario() -> None:
+        scheduler, executor = make(slots=1)
+        runs = [background(scheduler, f"a{n}", "a") for n in range(3)]
+        runs += [background(scheduler, f"b{n}", "b") for n in range(2)]
+        await settled()
+        executor.gate.set()
+        await asyncio.gather(*runs)
+        # The second job came when the turn was already the first one's.
+        assert executor.order == ["a0", "a1", "b0", "a2", "b1"]
+
+    run(scenario())
