@@ -1,19 +1,11 @@
 """What clients may ask of jobs: to create, find, watch, stop and read them."""
 
 import asyncio
-import hashlib
-import shutil
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, TypeVar
 
-from google.protobuf.message import DecodeError
-
-from jacserve.framing import Hole
-from jacserve.streaming import StreamError, read_head
 from jacserve.v1 import jobs_pb2
 from jacserve.vocabulary import LAYOUTS, QUANTITIES, word
 from jacserve_server.admission import shutting_down
@@ -23,16 +15,16 @@ from jacserve_server.errors import ServiceError
 from jacserve_server.jobs import downloads, storage
 from jacserve_server.jobs.engine import Engine, LocalEngine
 from jacserve_server.jobs.folder import JobFolder
+from jacserve_server.jobs.intake import Intake
 from jacserve_server.jobs.messages import encode_job, encode_page, read_page
-from jacserve_server.jobs.records import JobRecord, NewJob
-from jacserve_server.jobs.requests import JobRequest, check_id, fit, id_of, spec_of
-from jacserve_server.jobs.results import Results, occupied
+from jacserve_server.jobs.records import JobRecord
+from jacserve_server.jobs.requests import id_of, spec_of
+from jacserve_server.jobs.results import Results
 from jacserve_server.jobs.runs import JobRun
 from jacserve_server.jobs.states import FINAL
-from jacserve_server.jobs.storage import Location, locate
+from jacserve_server.jobs.storage import Location
 from jacserve_server.jobs.table import JobTable, TableError
 from jacserve_server.jobs.threads import in_thread
-from jacserve_server.jobs.uploads import Upload
 from jacserve_server.jobs.worker import JobWorker
 from jacserve_server.machine import Machine
 
@@ -81,6 +73,14 @@ class JobDesk:
             slots=machine.slots,
             max_batch=lambda name: catalog.find(name).spec.max_batch,
         )
+        self._intake = Intake(
+            catalog,
+            config,
+            self._folder,
+            self._table,
+            in_pool=self._in_pool,
+            in_table=self._in_table,
+        )
         self._is_stopped = False
         self._news: dict[str, set[asyncio.Event]] = {}
         self._worker = JobWorker(
@@ -89,7 +89,7 @@ class JobDesk:
             functions=[spec.qualified_name for spec in catalog.specs],
             make_run=self._make_run,
             remove_files=self._remove_files,
-            sweep=lambda: self._folder.sweep(self._is_known),
+            sweep=self._sweep,
             in_thread=self._in_table,
             max_running=config.max_running_jobs,
             keep=config.max_finished_jobs,
@@ -125,123 +125,10 @@ class JobDesk:
         Raises:
             ServiceError: It can't be created.
         """
-        raw = await anext(raws, None)
-        if raw is None:
-            raise _broken("it has no head. Send one, then the pieces.")
-        try:
-            part, holes = read_head(
-                raw, jobs_pb2.CreateJobRequest, most_fields=_MOST_FIELDS
-            )
-        except (DecodeError, StreamError) as error:
-            raise _broken(str(error) or "it is no message of the contract.") from error
-        spec = part.head
-        spec.job_id = check_id(spec.job_id)
-        self._check_size(sum(hole.size for hole in holes))
-        uid = uuid.uuid4().hex
-        output = self._output(spec, uid)
-        request = await self._in_pool(self._fit, spec, uid, output)
-        digest = hashlib.sha256(request.to_bytes()).hexdigest()
-        existing = await self._in_table(self._table.find, spec.job_id)
-        if existing is None:
-            await self._check_count()
-            await self._in_pool(_check_absent, output)
-        elif not existing.digest.startswith(digest):
-            raise _exists(spec.job_id)
-        staged = self._folder.staged(uid)
-        try:
-            digest += await self._receive(raws, raw, holes, spec, staged)
-            record, is_new = await self._in_table(
-                self._keep, request, uid, digest, staged
-            )
-        finally:
-            await self._in_pool(shutil.rmtree, staged, True)
-        if record.digest != digest:
-            raise _exists(spec.job_id)
+        record, is_new = await self._intake.create(raws)
         if is_new:
             self._worker.wake()
         return encode_job(record)
-
-    def _fit(self, spec: jobs_pb2.JobSpec, uid: str, output: Location) -> JobRequest:
-        return fit(
-            spec,
-            lambda name: self._catalog.find(name).spec,
-            self._config.storage_roots,
-            lambda place: self._folder.upload(uid, place),
-            output,
-            uid,
-        )
-
-    def _output(self, spec: jobs_pb2.JobSpec, uid: str) -> Location:
-        if not spec.output:
-            return self._folder.results(uid)
-        output = locate(spec.output, self._config.result_roots, field="output")
-        if not output.path.endswith(".zarr"):
-            raise ServiceError(
-                "MALFORMED_REQUEST",
-                f"output is {spec.output!r}. Name a Zarr store, such as "
-                f'"{output.root_name}/{spec.job_id}.zarr".',
-                field="output",
-                output=spec.output,
-            )
-        return output
-
-    async def _receive(
-        self,
-        raws: AsyncIterator[bytes],
-        raw: bytes,
-        holes: Sequence[Hole],
-        spec: jobs_pb2.JobSpec,
-        staged: Path,
-    ) -> str:
-        """Writes the arrays that come with a job; returns a hash of them."""
-        query = spec.query
-        given = [*query.inputs, *query.tangents, *query.cotangents]
-        shapes = [each.tensor for each in given if not each.HasField("source")]
-        try:
-            upload = Upload(staged, shapes, raw, holes)
-            try:
-                await self._in_pool(upload.begin)
-                async for part in raws:
-                    if upload.feed(part):
-                        await self._in_pool(upload.write)
-                if not upload.is_complete:
-                    raise _broken("it ends before its last piece. Send all of them.")
-                return await self._in_pool(upload.finish)
-            finally:
-                upload.close()
-        except StreamError as error:
-            raise _broken(str(error)) from error
-        except OSError as error:
-            raise _folder_unavailable(error) from error
-
-    def _keep(
-        self, request: JobRequest, uid: str, digest: str, staged: Path
-    ) -> tuple[JobRecord, bool]:
-        kept = self._folder.keep(staged, uid)
-        is_new = False
-        try:
-            ttl_s = self._config.job_ttl_s
-            if request.spec.HasField("ttl"):
-                ttl = request.spec.ttl
-                ttl_s = min(ttl_s, ttl.seconds + ttl.nanos / 1e9)
-            task = request.task
-            record, is_new = self._table.create(
-                NewJob(
-                    uid=uid,
-                    job_id=request.job_id,
-                    request=request.to_bytes(),
-                    digest=digest,
-                    function=task.computation.function,
-                    point_count=task.point_count,
-                    output=task.output.name,
-                    ttl_s=ttl_s,
-                    owner=self._folder.presence.id,
-                )
-            )
-            return record, is_new
-        finally:
-            if not is_new:
-                shutil.rmtree(kept, ignore_errors=True)
 
     async def get(self, name: str) -> jobs_pb2.Job:
         """Finds a job.
@@ -404,7 +291,7 @@ class JobDesk:
         if stop > record.ready_count:
             await self._check_computed(record, start, stop)
         try:
-            output = self._location(record)
+            output = self._intake.output(record)
             results = await self._in_pool(self._opened, output, record.uid)
             layout = word(LAYOUTS, spec.query.layout) if spec.query.layout else "csr"
             async for part in downloads.parts(
@@ -442,9 +329,8 @@ class JobDesk:
                 points=record.point_count,
             )
 
-    def _location(self, record: JobRecord) -> Location:
-        spec = spec_of(record.request)
-        return self._output(spec, record.uid)
+    async def _sweep(self) -> None:
+        await self._in_pool(self._folder.sweep, self._is_known)
 
     def _is_known(self, uid: str) -> bool:
         return self._table.get(uid) is not None
@@ -456,55 +342,20 @@ class JobDesk:
             engine=self._engine,
             table=self._table,
             in_thread=self._in_table,
-            restore=self._restore,
+            restore=self._intake.restore,
             on_progress=self._tell,
         )
 
-    def _restore(self, record: JobRecord) -> JobRequest:
-        spec, uid = spec_of(record.request), record.uid
-        request = self._fit(spec, uid, self._output(spec, uid))
-        # What depends on the clock of a file or on its size is not the same any more.
-        if request.to_bytes() != record.request:
-            raise ServiceError(
-                "SOURCE_UNREADABLE",
-                "a file that the job reads has changed since the job was made. Submit "
-                "the job again.",
-                job=f"jobs/{record.job_id}",
-            )
-        return request
-
-    def _remove_files(self, record: JobRecord) -> None:
-        self._folder.remove(record.uid)
+    async def _remove_files(self, record: JobRecord) -> None:
+        await self._in_pool(self._folder.remove, record.uid)
         # What a client has had written to a place of its own is the client's.
         if not spec_of(record.request).output:
-            storage.remove(self._folder.results(record.uid))
+            results = self._folder.results(record.uid)
+            await self._in_pool(storage.remove, results)
 
     def _tell(self, uid: str) -> None:
         for event in self._news.get(uid, ()):
             event.set()
-
-    def _check_size(self, size_bytes: int) -> None:
-        if size_bytes > self._config.max_upload_bytes:
-            raise ServiceError(
-                "QUERY_TOO_LARGE",
-                f"the arrays of the job take {size_bytes} bytes, but this server takes "
-                f"at most {self._config.max_upload_bytes}. Put them into a storage "
-                "root of the server and name that, or raise its max_upload_bytes.",
-                query_bytes=size_bytes,
-                max_query_bytes=self._config.max_upload_bytes,
-            )
-
-    async def _check_count(self) -> None:
-        counts = await self._in_table(self._table.counts)
-        waiting = counts["queued"] + counts["running"]
-        if waiting >= self._config.max_jobs:
-            raise ServiceError(
-                "TOO_MANY_JOBS",
-                f"{waiting} jobs are queued or running, and this server keeps at most "
-                f"{self._config.max_jobs}. Wait for some to end, or cancel them.",
-                jobs=waiting,
-                max_jobs=self._config.max_jobs,
-            )
 
     async def _in_pool(self, call: Callable[..., T], /, *arguments: Any) -> T:
         return await in_thread(self._pool, call, *arguments)
@@ -514,39 +365,6 @@ class JobDesk:
             return await in_thread(self._table_pool, call, *arguments)
         except TableError as error:
             raise ServiceError("STORAGE_UNAVAILABLE", str(error)) from error
-
-
-def _check_absent(output: Location) -> None:
-    try:
-        is_there = storage.exists(output)
-    except ServiceError as error:
-        error.field = "output"
-        raise
-    if is_there:
-        raise occupied(output)
-
-
-def _folder_unavailable(error: OSError) -> ServiceError:
-    cause = error.strerror or type(error).__name__
-    return ServiceError(
-        "STORAGE_UNAVAILABLE",
-        f"the server's folder of jobs can't be written: {cause}. Mend it, "
-        "and submit the job again.",
-    )
-
-
-def _broken(problem: str) -> ServiceError:
-    return ServiceError("STREAM_BROKEN", f"the stream is broken: {problem}")
-
-
-def _exists(job_id: str) -> ServiceError:
-    return ServiceError(
-        "JOB_ALREADY_EXISTS",
-        f"there is another job of the id {job_id}: of another function, with other "
-        "options or other points. Take another id, or delete that job.",
-        field="job_id",
-        job=f"jobs/{job_id}",
-    )
 
 
 def _not_found(job_id: str) -> ServiceError:

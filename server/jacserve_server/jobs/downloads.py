@@ -10,7 +10,7 @@ from jacserve.tensors import Array
 from jacserve.v1 import jacobian_pb2 as pb
 from jacserve.vocabulary import DTYPES, MODES, QUANTITIES
 from jacserve_server.jobs.results import Leaf, Results
-from jacserve_server.jobs.runs import InThread
+from jacserve_server.jobs.threads import InThread
 
 
 async def parts(

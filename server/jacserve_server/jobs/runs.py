@@ -4,9 +4,9 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from jacserve_server.errors import ServiceError
 from jacserve_server.jobs.engine import Engine
@@ -16,6 +16,7 @@ from jacserve_server.jobs.requests import JobRequest
 from jacserve_server.jobs.rows import least
 from jacserve_server.jobs.sizing import Sizes
 from jacserve_server.jobs.table import JobTable
+from jacserve_server.jobs.threads import InThread
 from jacserve_server.statuses import explained, status_of
 
 T = TypeVar("T")
@@ -28,14 +29,6 @@ _RATE_S = 10.0
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 2.0, 300.0
 # What passes when somebody mends it. Everything else is the job's own fault.
 _PASSING = {"STORAGE_UNAVAILABLE", "FUNCTION_CHANGED", "SHUTTING_DOWN"}
-
-
-class InThread(Protocol):
-    """Calls what blocks in a thread."""
-
-    async def __call__(self, call: Callable[..., T], /, *arguments: Any) -> T:
-        """Returns what the call returns."""
-        ...
 
 
 class _LostJobError(Exception):
@@ -53,7 +46,7 @@ class JobRun:
         engine: Engine,
         table: JobTable,
         in_thread: InThread,
-        restore: Callable[[JobRecord], JobRequest],
+        restore: Callable[[JobRecord], Awaitable[JobRequest]],
         on_progress: Callable[[str], None],
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -65,7 +58,7 @@ class JobRun:
             engine: Computes its chunks.
             table: Keeps what is computed.
             in_thread: Calls the table.
-            restore: Makes a request of what the table has kept; may block.
+            restore: Makes a request of what the table has kept.
             on_progress: Called with the job's uid whenever it has got further.
             clock: The time, in seconds since 1970.
         """
@@ -119,7 +112,7 @@ class JobRun:
             _log.error("job %s: %s", self._record.job_id, error)
 
     async def _run(self) -> None:
-        request = await self._in_thread(self._restore, self._record)
+        request = await self._restore(self._record)
         self._task = task = request.task
         await self._in_thread(self._table.unsettle, self._uid, self._server, boot_id())
         chunks = await self._in_thread(self._table.chunks, self._uid)

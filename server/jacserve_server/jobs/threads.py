@@ -3,9 +3,17 @@
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
+
+
+class InThread(Protocol):
+    """Calls what blocks in a thread."""
+
+    async def __call__(self, call: Callable[..., T], /, *arguments: Any) -> T:
+        """Returns what the call returns."""
+        ...
 
 
 async def in_thread(pool: Executor, call: Callable[..., T], /, *arguments: Any) -> T:

@@ -2,14 +2,15 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 
 from jacserve_server.errors import ServiceError
 from jacserve_server.jobs.liveness import Presence
 from jacserve_server.jobs.records import JobRecord
-from jacserve_server.jobs.runs import InThread, JobRun
+from jacserve_server.jobs.runs import JobRun
 from jacserve_server.jobs.table import JobTable
+from jacserve_server.jobs.threads import InThread
 
 _log = logging.getLogger(__name__)
 
@@ -28,8 +29,8 @@ class JobWorker:
         *,
         functions: Collection[str],
         make_run: Callable[[JobRecord], JobRun],
-        remove_files: Callable[[JobRecord], None],
-        sweep: Callable[[], None],
+        remove_files: Callable[[JobRecord], Awaitable[None]],
+        sweep: Callable[[], Awaitable[None]],
         in_thread: InThread,
         max_running: int,
         keep: int,
@@ -41,9 +42,9 @@ class JobWorker:
             presence: Says which servers live.
             functions: The functions of this server, by qualified name.
             make_run: Makes the run of a job.
-            remove_files: Removes a job's files; may block.
-            sweep: Removes what others have left behind; may block.
-            in_thread: Calls what blocks.
+            remove_files: Removes a job's files.
+            sweep: Removes what others have left behind.
+            in_thread: Calls the table.
             max_running: How many jobs run at once.
             keep: How many jobs are kept that have ended.
         """
@@ -141,16 +142,16 @@ class JobWorker:
         )
         for record in condemned:
             if record.uid not in self._runs:
-                await self._in_thread(self._remove, record)
-        await self._in_thread(self._sweep)
+                await self._remove(record)
+        await self._sweep()
 
     def _expired(self) -> list[str]:
         return self._table.expired(keep=self._keep)
 
-    def _remove(self, record: JobRecord) -> None:
+    async def _remove(self, record: JobRecord) -> None:
         try:
-            self._remove_files(record)
+            await self._remove_files(record)
         except Exception:
             _log.exception("files of job %s can't be removed", record.uid)
             return
-        self._table.purge(record.uid)
+        await self._in_thread(self._table.purge, record.uid)
