@@ -1,11 +1,13 @@
-"""A tour of jacserve: starts a server of functions.py, and asks it five things.
+"""A tour of jacserve: starts a server of functions.py, and asks it six things.
 
 Run it with `make demo`, or `python examples/tour.py` where jacserve[server,cli] is
 installed. It stops by itself.
 """
 
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +29,12 @@ console = Console(highlight=False)
 def running_server() -> Iterator[str]:
     """Starts a server process on a free loopback port; yields its address."""
     command = [sys.executable, "-m", "jacserve", "serve", str(FUNCTIONS), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    # What becomes of jobs goes with the tour.
+    folder = tempfile.TemporaryDirectory(prefix="jacserve-tour-")
+    environment = {**os.environ, "JACSERVE_JOBS_DIR": f"{folder.name}/jobs"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment
+    )
     try:
         assert process.stdout is not None
         lines = iter(process.stdout.readline, "")
@@ -38,6 +45,7 @@ def running_server() -> Iterator[str]:
     finally:
         process.terminate()
         process.wait()
+        folder.cleanup()
 
 
 def timed(call: Callable[[], T]) -> tuple[T, float]:
@@ -164,6 +172,27 @@ def newton(client: jacserve.Client) -> None:
     print(f"  exact:  x = ({np.sqrt(v + 1.0):.12f}, {v:.12f})")
 
 
+def batch_job(client: jacserve.Client) -> None:
+    """A job goes on without its client, and keeps what it has computed."""
+    title("6. A job: log-determinants at a million points, kept chunk by chunk")
+    low, high = [0.5, 0.1, -3.0], [2.0, 3.0, 3.0]
+    points = np.random.default_rng(1).uniform(low, high, size=(1_000_000, 3))
+    job = client.submit_job("spherical", points, quantities="slogdet", id="tour")
+    print(f"  submitted as {job.id}; anybody may come back for it by this id")
+    ended, took_ms = timed(job.wait)
+    progress = ended.progress
+    print(
+        f"  {ended.state}: {progress.done_count:,} points in {took_ms / 1e3:.1f} s, "
+        f"batches of {ended.batch_size:,}, {progress.non_finite_count} not finite"
+    )
+    _, log = job.read(start=0, count=1000).slogdet
+    expected = np.log(points[:1000, 0] ** 2 * np.sin(points[:1000, 1]))
+    print(
+        "  log |det J| is off log(r^2 sin(polar)) by at most "
+        f"{abs(log - expected).max():.0e}"
+    )
+
+
 def main() -> None:
     """Starts a server, makes the tour and stops the server."""
     start = time.perf_counter()
@@ -177,6 +206,7 @@ def main() -> None:
         batch_of_points(client)
         digit_classifier(client)
         newton(client)
+        batch_job(client)
     elapsed = time.perf_counter() - start
     print(f"\nThe server has stopped. The tour took {elapsed:.0f} s.")
 

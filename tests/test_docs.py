@@ -122,3 +122,8 @@ def test_the_tour_is_true() -> None:
     assert "shape (10, 784) float32\n  mode reverse" in tour.stdout
     steps = re.findall(r"x = \(([\d., ]+)\)", tour.stdout)
     assert steps[-1] == steps[-2]
+    assert "succeeded: 1,000,000 points" in tour.stdout
+    [error] = re.findall(
+        r"is off log\(r\^2 sin\(polar\)\) by at most (\S+)", tour.stdout
+    )
+    assert float(error) < 1e-12

@@ -46,11 +46,11 @@ def loaded(targets: list[str] | None) -> "list[Registry]":
     Raises:
         typer.Exit: They can't be loaded, and it was said why.
     """
-    from jacserve_server.executor import spare_threads
+    from jacserve_server import xla_threads
     from jacserve_server.loading import load_registries
     from jacserve_server.registry import RegistrationError
 
-    spare_threads()  # Before a file of functions makes arrays.
+    xla_threads.spare()  # Before a file of functions makes arrays.
     try:
         return load_registries(targets or [])
     except RegistrationError as error:

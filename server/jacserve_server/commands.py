@@ -298,9 +298,9 @@ def _settings(path: Path | None, **arguments: Any) -> "Config":
 
 def _set_allocator(settings: "Config") -> None:
     """Tells XLA how to take a GPU's memory; it looks when JAX is first used."""
-    from jacserve_server.executor import spare_threads
+    from jacserve_server import xla_threads
 
-    spare_threads()
+    xla_threads.spare()
     if settings.gpu_memory_fraction is not None:
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(settings.gpu_memory_fraction)
         # Its old name, which XLA does not take beside the new one.

@@ -3,7 +3,6 @@
 import asyncio
 import functools
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from jacserve_server import xla_threads
 from jacserve_server.batches import finite_points, padded
 from jacserve_server.catalog import RegisteredFunction
 from jacserve_server.coalescing import gathered, separated
@@ -46,15 +46,9 @@ from jacserve_server.work import (
     Strategy,
     Work,
 )
+from jacserve_server.xla_threads import LAPACK
 
 T = TypeVar("T")
-
-# A call of LAPACK for a batch waits, in a thread of XLA's pool, for others of the pool
-# to do its parts. If as many calls as the pool has threads run at once, they wait for
-# ever (jaxlib 0.10). So only one program at a time has such calls; and `spare_threads`
-# sees to it that its own calls leave one thread free.
-_LAPACK = threading.Lock()
-_SPARE_THREADS = 8
 
 # What a compiled program depends on: two ways to ask may be decided alike.
 _Decided = tuple[ProgramKey, Strategy]
@@ -62,14 +56,6 @@ _Decided = tuple[ProgramKey, Strategy]
 
 class DeviceError(Exception):
     """The device asked for is not there; the text says which are."""
-
-
-def spare_threads() -> None:
-    """Has XLA's pool have more threads than cores, if JAX has not been used yet.
-
-    See `_LAPACK`: it is for programs that factorise several matrices at once.
-    """
-    os.environ.setdefault("NPROC", str((os.cpu_count() or 1) + _SPARE_THREADS))
 
 
 def find_devices(name: str) -> list[Device]:
@@ -86,7 +72,7 @@ def find_devices(name: str) -> list[Device]:
     Raises:
         DeviceError: One of them is not there, or is named twice.
     """
-    spare_threads()
+    xla_threads.spare()
     platform, _, listed = name.partition(":")
     numbers = [int(number) for number in listed.split(",") if number]
     if len(set(numbers)) < len(numbers):
@@ -378,7 +364,7 @@ class Executor:
 
     def _execute(self, program: Program, work: Work, start: float) -> Outcome:
         inputs = padded(work, program.key.bucket)
-        with _LAPACK if program.is_lone else nullcontext():
+        with LAPACK if program.is_lone else nullcontext():
             arrays = program.run(inputs)
         if work.batch is not None:
             arrays = [array[: work.batch] for array in arrays]

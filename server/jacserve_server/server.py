@@ -22,7 +22,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from jacserve.v1 import jacobian_pb2 as pb, jobs_pb2
-from jacserve_server import compile_cache, job_service
+from jacserve_server import compile_cache, job_service, xla_threads
 from jacserve_server.batches import bucket_for
 from jacserve_server.catalog import Catalog, RegisteredFunction
 from jacserve_server.config import Config
@@ -260,6 +260,7 @@ async def serve_until_signal(
     """
     compile_cache.enable(config.cache_dir, config.max_cache_bytes)
     server = Server(catalog, config)
+    xla_threads.yield_to_others()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

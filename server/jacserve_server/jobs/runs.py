@@ -22,8 +22,9 @@ from jacserve_server.statuses import explained, status_of
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
-# So much work is lost at most when the machine loses its power.
-_SYNC_S = 5.0
+# So much work is lost at most when the machine loses its power, and so much is left to
+# be waited for at the end.
+_SYNC_S = 0.25
 # The rate is that of so many seconds.
 _RATE_S = 10.0
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 2.0, 300.0
