@@ -91,7 +91,13 @@ def own() -> Generator[jacserve.Client]:
         yield client
 
 
-@pytest.mark.parametrize("animal", ZOO, ids=lambda animal: animal.name)
+ANIMALS = [
+    pytest.param(animal, id=animal.name, marks=[pytest.mark.slow] if n % 4 else [])
+    for n, animal in enumerate(ZOO)
+]
+
+
+@pytest.mark.parametrize("animal", ANIMALS)
 def test_right_derivatives_pass(client: jacserve.Client, animal: Animal) -> None:
     # Herons's iteration has roots of positive numbers alone.
     inputs = np.array([0.5, 2.0, 3.0]) if animal.name == "heron_root" else None
