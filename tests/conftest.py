@@ -26,3 +26,24 @@ def server() -> Iterator[RunningServer]:
 def client(server: RunningServer) -> Iterator[jacserve.Client]:
     with jacserve.Client(server.target) as connected:
         yield connected
+
+
+# These try very many combinations of the same few things.
+COMBINATIONS = {
+    "test_bad_vectors.py",
+    "test_products.py",
+    "test_sources.py",
+    "test_sparse.py",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves two of three combinations to the slow tests."""
+    combined = [
+        item
+        for item in items
+        if item.path.name in COMBINATIONS and hasattr(item, "callspec")
+    ]
+    for place, item in enumerate(combined):
+        if place % 3:
+            item.add_marker(pytest.mark.slow)
