@@ -30,6 +30,7 @@ def client(server: RunningServer) -> Iterator[jacserve.Client]:
 
 # These try very many combinations of the same few things.
 COMBINATIONS = {
+    "test_agreement.py",
     "test_bad_vectors.py",
     "test_products.py",
     "test_sources.py",

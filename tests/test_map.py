@@ -297,10 +297,11 @@ def test_any_number_of_points_passes_through_a_bounded_memory() -> None:
         batch = np.ones(2**20)
         with jacserve.Client(server.target, timeout_s=60.0) as client:
             pid, sizes = server.process.pid, list[float]()
-            for _ in client.map("double", [batch] * 5, quantities="value"):
+            for _ in client.map("double", [batch] * 15, quantities="value"):
                 pass
             for result in client.map("double", [batch] * 40, quantities="value"):
                 sizes.append(memory_of(pid))
                 assert result.value[0] == 2.0
     print("MiB:", min(sizes), max(sizes))
-    assert max(sizes) - sizes[0] < 100
+    # Each of XLA's threads keeps some of what it has freed.
+    assert max(sizes) - sizes[0] < 200

@@ -25,7 +25,7 @@ def square(x: Float[Array, "2"], scale: Float[Array, ""]) -> Float[Array, "2"]:
 
 @registry.function
 def slow(x: Float[Array, "2"]) -> Float[Array, "2"]:
-    return jax.lax.fori_loop(0, 30_000, lambda i, y: jnp.sin(y), x)
+    return jax.lax.fori_loop(0, 100_000, lambda i, y: jnp.sin(y), x)
 
 def check(x):
     if (x > LIMIT).any():
@@ -42,8 +42,10 @@ def picky(x: Float[Array, "2"]) -> Float[Array, "2"]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "functions.py").write_text(FUNCTIONS)
-    np.save(tmp_path / "points.npy", np.random.default_rng(0).random((5000, 2)))
-    np.save(tmp_path / "scale.npy", np.array(3.0))
+    np.save(
+        tmp_path / "points.npy", np.random.default_rng(0).random((5000, 2), np.float32)
+    )
+    np.save(tmp_path / "scale.npy", np.array(3.0, np.float32))
     return tmp_path
 
 
@@ -76,7 +78,7 @@ def test_it_computes_all_points_of_a_file(folder: Path) -> None:
     points = np.load(folder / "points.npy")
     expected = np.zeros((5000, 2, 2))
     expected[:, [0, 1], [0, 1]] = 6 * points
-    np.testing.assert_allclose(read(folder, "jacobian"), expected, rtol=1e-12)
+    np.testing.assert_allclose(read(folder, "jacobian"), expected, rtol=1e-5)
     assert not (folder / "out.zarr.job").exists()
     status, errors = run(folder, *asked)
     assert (status, "is there already" in errors) == (2, True)
