@@ -32,6 +32,7 @@ def client(server: RunningServer) -> Iterator[jacserve.Client]:
 COMBINATIONS = {
     "test_agreement.py",
     "test_bad_vectors.py",
+    "test_laws.py",
     "test_products.py",
     "test_sources.py",
     "test_sparse.py",

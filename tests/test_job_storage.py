@@ -74,6 +74,7 @@ def test_a_job_waits_for_a_full_disk(home):
     np.testing.assert_allclose(found, diagonal + x[:, :, None], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_disk_without_room_for_the_table_loses_nothing(home):
     server = home.start()
     home.open(100)

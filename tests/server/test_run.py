@@ -3,13 +3,14 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
+
+from interruptible import COMMAND
 
 FUNCTIONS = """
 import jax, jax.numpy as jnp
@@ -50,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "jacserve", "run", "functions.py", *arguments]
+    command = [*COMMAND, "run", "functions.py", *arguments]
     return subprocess.Popen(
         [*command, "-o", "out.zarr"],
         cwd=folder,
@@ -110,6 +111,7 @@ def test_the_same_command_goes_on(folder: Path, end: signal.Signals) -> None:
     assert (read(folder, "status") == 1).all()
 
 
+@pytest.mark.slow
 def test_a_function_that_is_mended_starts_over(folder: Path) -> None:
     status, errors = run(folder, "picky", "points.npy", "-q", "value")
     assert (status, "a number is too large" in errors) == (1, True), errors
