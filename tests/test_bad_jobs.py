@@ -307,10 +307,11 @@ def test_pages_that_are_none(raw: Raw, fields: dict[str, Any]) -> None:
 
 
 def test_a_state_named_very_often(raw: Raw) -> None:
+    raw.end(raw.create(GOOD))
     states: Any = [3] * 300_000
     request = jobs_pb2.ListJobsRequest(states=states, page_size=1)
     page = raw.ask("ListJobs", request.SerializeToString())
-    assert len(jobs_pb2.ListJobsResponse.FromString(page).jobs) <= 1
+    assert len(jobs_pb2.ListJobsResponse.FromString(page).jobs) == 1
 
 
 def read(raw: Raw, job: jobs_pb2.Job, **fields: Any) -> list[bytes]:
