@@ -328,7 +328,7 @@ class Results:
         """
         stop = start + len(finite)
         status = np.where(finite, np.uint8(FINITE), np.uint8(NON_FINITE))
-        with storage_errors(self._location):
+        with _job_errors(self._location):
             if not self.is_there():
                 raise _vanished(self._location)
             for leaf, rows in zip(self.leaves, arrays, strict=True):
@@ -355,7 +355,7 @@ class Results:
         if folder is None:
             return  # Other storages keep what they have taken.
         arrays = [(leaf.name, self._arrays[leaf.name]) for leaf in self.leaves]
-        with storage_errors(self._location):
+        with _job_errors(self._location):
             for name, array in [*arrays, (STATUS, self._status)]:
                 if array.size:
                     for index in indexes:
