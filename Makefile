@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PROTO := jacserve/v1/jacobian.proto jacserve/v1/jobs.proto
+PROTO := jacserve/v1/jacobian.proto jacserve/v1/jobs.proto jacserve/v1/admin.proto
 # Where googleapis-common-protos has put google/rpc/status.proto.
 GOOGLEAPIS = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 PROTOC = $(BIN)/python -m grpc_tools.protoc -Iproto -I$(GOOGLEAPIS) \

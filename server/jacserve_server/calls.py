@@ -1,59 +1,140 @@
-"""What the services have in common: failures become the statuses of their calls.
+"""What the services have in common: who may call, and what becomes of failures.
 
-Of the gRPC context only what cluster proxies also offer is used: set_code,
-set_details and set_trailing_metadata.
+Of the gRPC context only what cluster proxies also offer is used: invocation_metadata,
+peer, auth_context, set_code, set_details and set_trailing_metadata.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import asyncio
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Mapping,
+)
 from contextlib import aclosing
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 
+from jacserve_server.access import Gate, request_id_of
+from jacserve_server.callers import Call
 from jacserve_server.errors import ServiceError
 from jacserve_server.statuses import explained, status_of
 
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 M = TypeVar("M", bound=Message | bytes)
+# What a call has failed with; a cancelled call, with being cancelled.
+Failure: TypeAlias = ServiceError | asyncio.CancelledError | GeneratorExit
 # Makes the handler of a call; reads its requests, and writes its responses: None for
 # those that are bytes in and out.
 Handler = tuple[Any, Any, Any]
 
 
-async def answer(context: Any, empty: Callable[[], M], answering: Awaitable[M]) -> M:
-    """Awaits an answer; turns whatever it raises into the call's status.
+class Observer(Protocol):
+    """Hears of calls that have ended."""
 
-    Args:
-        context: The call's.
-        empty: Makes what is answered then.
-        answering: Makes the answer.
+    def ended(self, call: Call | None, method: str, failure: Failure | None) -> None:
+        """Takes note of a call.
 
-    Returns:
-        The answer.
-    """
-    try:
-        return await answering
-    except Exception as error:
-        set_error(context, error)
-        return empty()
+        Args:
+            call: The call; None where it was not let in.
+            method: The RPC's name.
+            failure: Why it has no answer; None where it has one.
+        """
+        ...
 
 
-def set_error(context: Any, error: BaseException) -> None:
-    """Sets a call's status to what was raised.
+class Boundary:
+    """Lets calls in, and turns whatever fails into their statuses."""
 
-    Args:
-        context: The call's.
-        error: What was raised.
-    """
-    failure, request_id = explained(error)
-    status = status_of(failure, request_id).SerializeToString()
-    context.set_code(_STATUS_CODES[failure.code])
-    context.set_details(failure.message)
-    context.set_trailing_metadata((("grpc-status-details-bin", status),))
+    def __init__(self, gate: Gate, observer: Observer) -> None:
+        """Keeps its collaborators.
+
+        Args:
+            gate: Lets callers in.
+            observer: Hears of what became of each call.
+        """
+        self._gate = gate
+        self._observer = observer
+
+    async def answer(
+        self,
+        context: Any,
+        method: str,
+        empty: Callable[[], M],
+        answering: Callable[[Call], Awaitable[M]],
+    ) -> M:
+        """Awaits an answer.
+
+        Args:
+            context: The call's.
+            method: The RPC's name.
+            empty: Makes what is answered where there is no answer.
+            answering: Makes the answer.
+
+        Returns:
+            The answer.
+        """
+        call: Call | None = None
+        try:
+            call = self._gate.admit(method, context)
+            found = await answering(call)
+        except asyncio.CancelledError as error:
+            self._observer.ended(call, method, error)
+            raise
+        except Exception as error:
+            self._fail(context, call, method, error)
+            return empty()
+        self._observer.ended(call, method, None)
+        return found
+
+    async def stream(
+        self,
+        context: Any,
+        method: str,
+        answering: Callable[[Call], AsyncGenerator[M]],
+    ) -> AsyncGenerator[M]:
+        """Yields answers.
+
+        Args:
+            context: The call's.
+            method: The RPC's name.
+            answering: Makes them.
+
+        Yields:
+            The answers.
+        """
+        call: Call | None = None
+        try:
+            call = self._gate.admit(method, context)
+            async with aclosing(answering(call)) as answers:
+                async for each in answers:
+                    yield each
+        except (asyncio.CancelledError, GeneratorExit) as error:
+            self._observer.ended(call, method, error)
+            raise
+        except Exception as error:
+            self._fail(context, call, method, error)
+        else:
+            self._observer.ended(call, method, None)
+
+    def _fail(
+        self, context: Any, call: Call | None, method: str, error: Exception
+    ) -> None:
+        """Sets a call's status to what was raised."""
+        request_id = call.request_id if call is not None else request_id_of(context)
+        failure = explained(error, request_id)
+        status = status_of(failure, request_id).SerializeToString()
+        context.set_code(_STATUS_CODES[failure.code])
+        context.set_details(failure.message)
+        context.set_trailing_metadata((("grpc-status-details-bin", status),))
+        self._observer.ended(call, method, failure)
 
 
 def add_handlers(
@@ -61,6 +142,7 @@ def add_handlers(
     service: object,
     server: grpc.aio.Server,
     handlers: Mapping[str, Handler],
+    boundary: Boundary,
 ) -> None:
     """Has a server answer the calls of a service.
 
@@ -69,9 +151,14 @@ def add_handlers(
         service: Has a method for each call, of its name.
         server: Receives the calls.
         handlers: How the messages of each call are read and written.
+        boundary: Answers calls whose requests can't be read.
     """
     made = {
-        method: _handler(getattr(service, method), *handler)
+        method: _handler(
+            getattr(service, method),
+            *handler,
+            partial(boundary.answer, method=method, empty=bytes, answering=_unreadable),
+        )
         for method, handler in handlers.items()
     }
     server.add_generic_rpc_handlers(
@@ -79,7 +166,13 @@ def add_handlers(
     )
 
 
-def _handler(call: Callable[..., Any], kind: Any, read: Any, write: Any) -> Any:
+def _handler(
+    call: Callable[..., Any],
+    kind: Any,
+    read: Any,
+    write: Any,
+    refuse: Callable[..., Awaitable[bytes]],
+) -> Any:
     """Makes the handler of a call, which reads its one request itself.
 
     What gRPC can't read it answers with a status that says nothing, and logs.
@@ -89,32 +182,30 @@ def _handler(call: Callable[..., Any], kind: Any, read: Any, write: Any) -> Any:
     if kind is grpc.unary_stream_rpc_method_handler:
 
         async def stream(raw: bytes, context: Any) -> AsyncIterator[Any]:
-            if (request := _read(read, raw, context)) is not None:
-                async with aclosing(call(request, context)) as answers:
-                    async for each in answers:
-                        yield each
+            try:
+                request = read(raw)
+            except DecodeError:
+                await refuse(context)
+                return
+            async with aclosing(call(request, context)) as answers:
+                async for each in answers:
+                    yield each
 
         return kind(stream, None, write)
 
     async def unary(raw: bytes, context: Any) -> Any:
-        if (request := _read(read, raw, context)) is None:
-            return b""
+        try:
+            request = read(raw)
+        except DecodeError:
+            return await refuse(context)
         found = await call(request, context)
         return found if write is None else write(found)
 
     return kind(unary, None, None)
 
 
-def _read(read: Callable[[bytes], M], raw: bytes, context: Any) -> M | None:
-    """Returns a request; None, with the call's status set, where it is none."""
-    try:
-        return read(raw)
-    except DecodeError:
-        set_error(
-            context,
-            ServiceError(
-                "MALFORMED_REQUEST",
-                "the request can't be read. Send messages as the contract has them.",
-            ),
-        )
-        return None
+async def _unreadable(call: Call) -> bytes:
+    raise ServiceError(
+        "MALFORMED_REQUEST",
+        "the request can't be read. Send messages as the contract has them.",
+    )

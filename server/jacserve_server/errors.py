@@ -46,6 +46,14 @@ Reason = Literal[
     "SOURCE_UNREADABLE",
     "STORAGE_UNAVAILABLE",
     "FUNCTION_CHANGED",
+    "TOKEN_INVALID",
+    "SCOPE_MISSING",
+    "TOO_MANY_STREAMS",
+    "COMPILE_BUDGET_SPENT",
+    "STREAM_IDLE",
+    "TIME_BUDGET_SPENT",
+    "WORKER_DIED",
+    "FUNCTION_QUARANTINED",
 ]
 CODES: Mapping[Reason, int] = MappingProxyType(
     {
@@ -81,6 +89,14 @@ CODES: Mapping[Reason, int] = MappingProxyType(
         "SOURCE_UNREADABLE": code_pb2.INVALID_ARGUMENT,
         "STORAGE_UNAVAILABLE": code_pb2.UNAVAILABLE,
         "FUNCTION_CHANGED": code_pb2.FAILED_PRECONDITION,
+        "TOKEN_INVALID": code_pb2.UNAUTHENTICATED,
+        "SCOPE_MISSING": code_pb2.PERMISSION_DENIED,
+        "TOO_MANY_STREAMS": code_pb2.RESOURCE_EXHAUSTED,
+        "COMPILE_BUDGET_SPENT": code_pb2.RESOURCE_EXHAUSTED,
+        "STREAM_IDLE": code_pb2.ABORTED,
+        "TIME_BUDGET_SPENT": code_pb2.DEADLINE_EXCEEDED,
+        "WORKER_DIED": code_pb2.INTERNAL,
+        "FUNCTION_QUARANTINED": code_pb2.FAILED_PRECONDITION,
     }
 )
 

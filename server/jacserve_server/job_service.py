@@ -3,19 +3,19 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
 
 from jacserve.v1 import jobs_pb2
 from jacserve_server.admission import shutting_down
-from jacserve_server.calls import Handler, add_handlers, answer, set_error
+from jacserve_server.callers import Call
+from jacserve_server.calls import Boundary, Handler, add_handlers
 
 if TYPE_CHECKING:
     from jacserve_server.jobs.desk import JobDesk
-
-T = TypeVar("T")
 
 
 class JobService:
@@ -24,13 +24,15 @@ class JobService:
     Messages with tensors come and go serialized: see `add_to_server`.
     """
 
-    def __init__(self, open_desk: "Callable[[], JobDesk]") -> None:
+    def __init__(self, open_desk: "Callable[[], JobDesk]", boundary: Boundary) -> None:
         """Opens nothing yet.
 
         Args:
             open_desk: Opens the desk; it may block, and raise ServiceError. It is
                 called in a thread, when it is first needed.
+            boundary: Lets calls in, and turns failures into their statuses.
         """
+        self._boundary = boundary
         self._open_desk = open_desk
         self._opening: asyncio.Task[JobDesk] | None = None
         self._desk: JobDesk | None = None
@@ -76,89 +78,96 @@ class JobService:
     async def CreateJob(  # noqa: N802, D102
         self, requests: AsyncIterator[bytes], context: Any
     ) -> jobs_pb2.Job:
-        return await answer(context, jobs_pb2.Job, self._create(requests))
+        answering = partial(self._create, requests)
+        return await self._boundary.answer(
+            context, "CreateJob", jobs_pb2.Job, answering
+        )
 
     async def GetJob(  # noqa: N802, D102
         self, request: jobs_pb2.GetJobRequest, context: Any
     ) -> jobs_pb2.Job:
-        return await answer(context, jobs_pb2.Job, self._get(request))
+        answering = partial(self._get, request)
+        return await self._boundary.answer(context, "GetJob", jobs_pb2.Job, answering)
 
     async def ListJobs(  # noqa: N802, D102
         self, request: jobs_pb2.ListJobsRequest, context: Any
     ) -> jobs_pb2.ListJobsResponse:
-        return await answer(context, jobs_pb2.ListJobsResponse, self._list(request))
+        answering = partial(self._list, request)
+        return await self._boundary.answer(
+            context, "ListJobs", jobs_pb2.ListJobsResponse, answering
+        )
 
     async def WatchJob(  # noqa: N802, D102
         self, request: jobs_pb2.WatchJobRequest, context: Any
     ) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
-        news = _answered(context, self._watch(request))
-        async with aclosing(news):
-            async for each in news:
-                yield each
-
-    async def CancelJob(  # noqa: N802, D102
-        self, request: jobs_pb2.CancelJobRequest, context: Any
-    ) -> jobs_pb2.Job:
-        return await answer(context, jobs_pb2.Job, self._cancel(request))
-
-    async def DeleteJob(  # noqa: N802, D102
-        self, request: jobs_pb2.DeleteJobRequest, context: Any
-    ) -> jobs_pb2.DeleteJobResponse:
-        return await answer(context, jobs_pb2.DeleteJobResponse, self._delete(request))
-
-    async def ReadJobResult(  # noqa: N802, D102
-        self, request: jobs_pb2.ReadJobResultRequest, context: Any
-    ) -> AsyncIterator[bytes]:
-        parts = _answered(context, self._read(request))
+        answering = partial(self._watch, request)
+        parts = self._boundary.stream(context, "WatchJob", answering)
         async with aclosing(parts):
             async for part in parts:
                 yield part
 
-    async def _create(self, requests: AsyncIterator[bytes]) -> jobs_pb2.Job:
+    async def CancelJob(  # noqa: N802, D102
+        self, request: jobs_pb2.CancelJobRequest, context: Any
+    ) -> jobs_pb2.Job:
+        answering = partial(self._cancel, request)
+        return await self._boundary.answer(
+            context, "CancelJob", jobs_pb2.Job, answering
+        )
+
+    async def DeleteJob(  # noqa: N802, D102
+        self, request: jobs_pb2.DeleteJobRequest, context: Any
+    ) -> jobs_pb2.DeleteJobResponse:
+        answering = partial(self._delete, request)
+        return await self._boundary.answer(
+            context, "DeleteJob", jobs_pb2.DeleteJobResponse, answering
+        )
+
+    async def ReadJobResult(  # noqa: N802, D102
+        self, request: jobs_pb2.ReadJobResultRequest, context: Any
+    ) -> AsyncIterator[bytes]:
+        answering = partial(self._read, request)
+        parts = self._boundary.stream(context, "ReadJobResult", answering)
+        async with aclosing(parts):
+            async for part in parts:
+                yield part
+
+    async def _create(self, requests: AsyncIterator[bytes], call: Call) -> jobs_pb2.Job:
         return await (await self.desk()).create(requests)
 
-    async def _get(self, request: jobs_pb2.GetJobRequest) -> jobs_pb2.Job:
+    async def _get(self, request: jobs_pb2.GetJobRequest, call: Call) -> jobs_pb2.Job:
         return await (await self.desk()).get(request.name)
 
     async def _list(
-        self, request: jobs_pb2.ListJobsRequest
+        self, request: jobs_pb2.ListJobsRequest, call: Call
     ) -> jobs_pb2.ListJobsResponse:
         return await (await self.desk()).list(request)
 
     async def _watch(
-        self, request: jobs_pb2.WatchJobRequest
+        self, request: jobs_pb2.WatchJobRequest, call: Call
     ) -> AsyncGenerator[jobs_pb2.WatchJobResponse]:
         desk = await self.desk()
         async with aclosing(desk.watch(request.name)) as news:
             async for job in news:
                 yield jobs_pb2.WatchJobResponse(job=job)
 
-    async def _cancel(self, request: jobs_pb2.CancelJobRequest) -> jobs_pb2.Job:
+    async def _cancel(
+        self, request: jobs_pb2.CancelJobRequest, call: Call
+    ) -> jobs_pb2.Job:
         return await (await self.desk()).cancel(request.name)
 
     async def _delete(
-        self, request: jobs_pb2.DeleteJobRequest
+        self, request: jobs_pb2.DeleteJobRequest, call: Call
     ) -> jobs_pb2.DeleteJobResponse:
         await (await self.desk()).delete(request.name)
         return jobs_pb2.DeleteJobResponse()
 
     async def _read(
-        self, request: jobs_pb2.ReadJobResultRequest
+        self, request: jobs_pb2.ReadJobResultRequest, call: Call
     ) -> AsyncGenerator[bytes]:
         desk = await self.desk()
         async with aclosing(desk.read(request)) as parts:
             async for part in parts:
                 yield part
-
-
-async def _answered(context: Any, answers: AsyncGenerator[T]) -> AsyncGenerator[T]:
-    """Yields answers; turns whatever they raise into the call's status."""
-    try:
-        async with aclosing(answers):
-            async for each in answers:
-                yield each
-    except Exception as error:
-        set_error(context, error)
 
 
 # How the messages of each call are read and written; those with tensors by jacserve
@@ -202,12 +211,15 @@ _HANDLERS: Mapping[str, Handler] = {
 }
 
 
-def add_to_server(service: JobService, server: grpc.aio.Server) -> None:
+def add_to_server(
+    service: JobService, server: grpc.aio.Server, boundary: Boundary
+) -> None:
     """Has a server answer the contract's calls that concern jobs.
 
     Args:
         service: Answers them.
         server: Receives them.
+        boundary: Answers calls whose requests can't be read.
     """
     descriptor = jobs_pb2.DESCRIPTOR.services_by_name["JobService"]
-    add_handlers(descriptor, service, server, _HANDLERS)
+    add_handlers(descriptor, service, server, _HANDLERS, boundary)

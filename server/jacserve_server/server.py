@@ -23,7 +23,10 @@ from grpc_reflection.v1alpha import reflection
 
 from jacserve.v1 import jacobian_pb2 as pb, jobs_pb2
 from jacserve_server import compile_cache, job_service, xla_threads
+from jacserve_server.access import OpenGate
 from jacserve_server.batches import bucket_for
+from jacserve_server.callers import Call
+from jacserve_server.calls import Boundary, Failure
 from jacserve_server.catalog import Catalog, RegisteredFunction
 from jacserve_server.config import Config
 from jacserve_server.errors import ServiceError
@@ -53,6 +56,11 @@ class AddressError(Exception):
 
 class WarmUpError(Exception):
     """A function can't be made ready; the text says why."""
+
+
+class _Unobserved:
+    def ended(self, call: Call | None, method: str, failure: Failure | None) -> None:
+        pass
 
 
 class Server:
@@ -92,15 +100,17 @@ class Server:
                 ("grpc.http.overload_protection", 0),
             ]
         )
+        boundary = Boundary(OpenGate(), _Unobserved())
         self._service = JacobianService(
             catalog,
             self._scheduler,
             partial(machine.measurements.of, device=machine.device_kind),
             config.max_payload_bytes,
+            boundary,
         )
-        self._jobs = JobService(partial(_open_desk, catalog, machine, config))
-        add_to_server(self._service, self._server)
-        job_service.add_to_server(self._jobs, self._server)
+        self._jobs = JobService(partial(_open_desk, catalog, machine, config), boundary)
+        add_to_server(self._service, self._server, boundary)
+        job_service.add_to_server(self._jobs, self._server, boundary)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
             (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server

@@ -9,6 +9,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import grpc
@@ -20,7 +21,8 @@ from jacserve.framing import PIECE_BYTES, Frame
 from jacserve.streaming import Assembly, StreamError
 from jacserve.v1 import jacobian_pb2 as pb
 from jacserve.vocabulary import Quantity
-from jacserve_server.calls import Handler, add_handlers, answer, set_error
+from jacserve_server.callers import Call
+from jacserve_server.calls import Boundary, Handler, add_handlers
 from jacserve_server.catalog import Catalog
 from jacserve_server.errors import ServiceError
 from jacserve_server.measurements import Measurement
@@ -56,6 +58,7 @@ class JacobianService:
         scheduler: Scheduler[Any],
         measured: Callable[[str], Sequence[Measurement]],
         max_payload_bytes: int,
+        boundary: Boundary,
     ) -> None:
         """Keeps its collaborators.
 
@@ -65,7 +68,9 @@ class JacobianService:
             measured: Returns what was measured of a function, by its qualified name.
             max_payload_bytes: The most that the arrays of a query may take, and those
                 of an answer.
+            boundary: Lets calls in, and turns failures into their statuses.
         """
+        self._boundary = boundary
         self._max_payload_bytes = max_payload_bytes
         self._catalog = catalog
         self._scheduler = scheduler
@@ -77,43 +82,56 @@ class JacobianService:
     async def ListFunctions(  # noqa: N802, D102
         self, request: pb.ListFunctionsRequest, context: Any
     ) -> pb.ListFunctionsResponse:
-        return await answer(context, pb.ListFunctionsResponse, self._list(request))
+        answering = partial(self._list, request)
+        return await self._boundary.answer(
+            context, "ListFunctions", pb.ListFunctionsResponse, answering
+        )
 
     async def GetFunction(  # noqa: N802, D102
         self, request: pb.GetFunctionRequest, context: Any
     ) -> pb.Function:
-        return await answer(context, pb.Function, self._get(request))
+        answering = partial(self._get, request)
+        return await self._boundary.answer(
+            context, "GetFunction", pb.Function, answering
+        )
 
     async def GetSparsity(  # noqa: N802, D102
         self, request: pb.GetSparsityRequest, context: Any
     ) -> bytes:
-        return await answer(context, bytes, self._sparsity(request, context.peer()))
+        answering = partial(self._sparsity, request)
+        return await self._boundary.answer(context, "GetSparsity", bytes, answering)
 
     async def Evaluate(self, request: bytes, context: Any) -> bytes:  # noqa: N802, D102
-        return await answer(context, bytes, self.evaluate(request, context.peer()))
+        answering = partial(self.evaluate, request)
+        return await self._boundary.answer(context, "Evaluate", bytes, answering)
 
     async def EvaluateStream(  # noqa: N802, D102
         self, requests: AsyncIterator[bytes], context: Any
     ) -> AsyncIterator[bytes]:
-        try:
-            answering = self._evaluate_stream(requests, context.peer())
-            async with aclosing(answering) as parts:
-                async for part in parts:
-                    yield part
-        except Exception as error:
-            set_error(context, error)
+        answering = partial(self._evaluate_stream, requests)
+        parts = self._boundary.stream(context, "EvaluateStream", answering)
+        async with aclosing(parts):
+            async for part in parts:
+                yield part
 
     async def Session(  # noqa: N802, D102
         self, requests: AsyncIterator[bytes], context: Any
     ) -> AsyncIterator[bytes]:
-        session = Session(_Answerer(self, context.peer()))
+        answering = partial(self._session, requests)
+        answers = self._boundary.stream(context, "Session", answering)
+        async with aclosing(answers):
+            async for answer in answers:
+                yield answer
+
+    async def _session(
+        self, requests: AsyncIterator[bytes], call: Call
+    ) -> AsyncGenerator[bytes]:
+        session = Session(_Answerer(self, call))
         self._sessions.add(session)
         try:
             async with aclosing(session.answers(requests)) as answers:
                 async for answer in answers:
                     yield answer
-        except Exception as error:
-            set_error(context, error)
         finally:
             self._sessions.discard(session)
 
@@ -122,7 +140,9 @@ class JacobianService:
         for session in self._sessions:
             session.close()
 
-    async def _list(self, request: pb.ListFunctionsRequest) -> pb.ListFunctionsResponse:
+    async def _list(
+        self, request: pb.ListFunctionsRequest, call: Call
+    ) -> pb.ListFunctionsResponse:
         specs = self._catalog.specs
         token, size = request.page_token, request.page_size
         if size < 0:
@@ -148,14 +168,14 @@ class JacobianService:
             next_page_token=str(end) if end < len(specs) else "",
         )
 
-    async def _get(self, request: pb.GetFunctionRequest) -> pb.Function:
+    async def _get(self, request: pb.GetFunctionRequest, call: Call) -> pb.Function:
         return self._encoded(self._catalog.find(request.name).spec)
 
     def _encoded(self, spec: FunctionSpec) -> pb.Function:
         return encode_function(spec, self._measured(spec.qualified_name))
 
-    async def _sparsity(self, request: pb.GetSparsityRequest, client: str) -> bytes:
-        with self._scheduler.admitted(request.ByteSize(), client):
+    async def _sparsity(self, request: pb.GetSparsityRequest, call: Call) -> bytes:
+        with self._scheduler.admitted(request.ByteSize(), call.client):
             function = self._catalog.find(request.name).spec
             sought = plan_sparsity(decode_sparsity_query(request), function)
             found = await self._scheduler.sparsity(sought)
@@ -163,12 +183,12 @@ class JacobianService:
             answer = encode_sparsity(found, sought, function)
             return Frame(answer.message).filled(answer.payloads)
 
-    def evaluate_now(self, raw: bytes, client: str) -> bytes | None:
+    def evaluate_now(self, raw: bytes, call: Call) -> bytes | None:
         """Evaluates a brief query whose program is compiled; None where it must wait.
 
         Args:
             raw: A serialized Query.
-            client: Who asks.
+            call: Who asks.
 
         Returns:
             A serialized Result.
@@ -176,20 +196,20 @@ class JacobianService:
         Raises:
             ServiceError: It can't be evaluated.
         """
-        with self._scheduler.admitted(len(raw), client):
-            request = self._read(raw)
+        with self._scheduler.admitted(len(raw), call.client):
+            request = self._read(raw, call)
             outcome = self._scheduler.now(request.work, max_result_bytes=PIECE_BYTES)
             if outcome is None:
                 return None
             self._check(outcome, request.query, PIECE_BYTES)
             return self._writer.write(outcome, request.query)
 
-    async def evaluate(self, raw: bytes, client: str) -> bytes:
+    async def evaluate(self, raw: bytes, call: Call) -> bytes:
         """Evaluates a query.
 
         Args:
             raw: A serialized Query.
-            client: Who asks.
+            call: Who asks.
 
         Returns:
             A serialized Result.
@@ -197,8 +217,8 @@ class JacobianService:
         Raises:
             ServiceError: It can't be evaluated.
         """
-        with self._scheduler.admitted(len(raw), client) as ticket:
-            request = self._read(raw)
+        with self._scheduler.admitted(len(raw), call.client) as ticket:
+            request = self._read(raw, call)
             outcome = self._scheduler.now(request.work, max_result_bytes=PIECE_BYTES)
             if outcome is None:
                 outcome = await self._scheduler.submit(
@@ -207,21 +227,22 @@ class JacobianService:
             self._check(outcome, request.query, PIECE_BYTES)
             return self._writer.write(outcome, request.query)
 
-    def _read(self, raw: bytes) -> Request:
+    def _read(self, raw: bytes, call: Call) -> Request:
         request = self._reader.read(raw)
+        call.function = request.work.computation.function
         if len(raw) > self._max_payload_bytes:
             self._check_query_size(sum(x.nbytes for x in request.work.arrays))
         return request
 
     async def _evaluate_stream(
-        self, raws: AsyncIterator[bytes], client: str
+        self, raws: AsyncIterator[bytes], call: Call
     ) -> AsyncGenerator[bytes]:
         raw = await anext(raws, None)
         if raw is None:
             raise _broken("it has no head. Send one, then the pieces.")
         head = self._reader.read_head(raw)
         self._check_query_size(head.size_bytes)
-        with self._scheduler.admitted(head.size_bytes, client) as ticket:
+        with self._scheduler.admitted(head.size_bytes, call.client) as ticket:
             assembly = Assembly(head.raw, head.holes)
             try:
                 async for raw in raws:
@@ -231,6 +252,7 @@ class JacobianService:
             if not assembly.is_complete:
                 raise _broken("it ends before its last piece. Send all of them.")
             request = self._reader.read_streamed(head, assembly.payloads)
+            call.function = request.work.computation.function
             outcome = await self._scheduler.submit(request.work, ticket)
             self._check(outcome, request.query)
             for part in self._writer.write_parts(outcome, request.query):
@@ -302,16 +324,18 @@ _HANDLERS: Mapping[str, Handler] = {
 }
 
 
-def add_to_server(service: JacobianService, server: grpc.aio.Server) -> None:
+def add_to_server(
+    service: JacobianService, server: grpc.aio.Server, boundary: Boundary
+) -> None:
     """Has a server answer the contract's calls.
 
     Args:
         service: Answers them.
         server: Receives them.
+        boundary: Answers calls whose requests can't be read.
     """
-    add_handlers(
-        pb.DESCRIPTOR.services_by_name["JacobianService"], service, server, _HANDLERS
-    )
+    descriptor = pb.DESCRIPTOR.services_by_name["JacobianService"]
+    add_handlers(descriptor, service, server, _HANDLERS, boundary)
 
 
 def _check_patterns(outcome: Outcome, query: Query) -> None:
@@ -352,15 +376,15 @@ def _check_finite(outcome: Outcome, quantities: tuple[Quantity, ...]) -> None:
 class _Answerer:
     """Answers the queries of one client's session."""
 
-    def __init__(self, service: JacobianService, client: str) -> None:
+    def __init__(self, service: JacobianService, call: Call) -> None:
         self._service = service
-        self._client = client
+        self._call = call
 
     def answer_now(self, raw: bytes) -> bytes | None:
-        return self._service.evaluate_now(raw, self._client)
+        return self._service.evaluate_now(raw, self._call)
 
     async def answer(self, raw: bytes) -> bytes:
-        return await self._service.evaluate(raw, self._client)
+        return await self._service.evaluate(raw, self._call)
 
     def encode_error(self, error: BaseException) -> bytes:
         if isinstance(error, asyncio.CancelledError):
@@ -370,5 +394,6 @@ class _Answerer:
                 code=code_pb2.DEADLINE_EXCEEDED, message="Deadline Exceeded"
             )
         else:
-            status = status_of(*explained(error))
+            request_id = self._call.request_id
+            status = status_of(explained(error, request_id), request_id)
         return status.SerializeToString()

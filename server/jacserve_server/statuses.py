@@ -1,7 +1,6 @@
 """Failures as google.rpc.Status, the form in which they leave the server."""
 
 import logging
-import uuid
 
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
@@ -19,22 +18,21 @@ _RESOURCES = {
 }
 
 
-def explained(error: BaseException) -> tuple[ServiceError, str]:
-    """Returns a failure in terms of the contract.
+def explained(error: BaseException, request_id: str) -> ServiceError:
+    """Returns a failure in terms of the contract; logs a fault of the server.
 
     Args:
         error: The failure.
+        request_id: Under which id the log has more.
 
     Returns:
-        The error; and, of a fault of the server, under which id its log has more,
-        else "".
+        The error.
     """
     if isinstance(error, ServiceError):
-        return error, ""
-    request_id = uuid.uuid4().hex
+        return error
     _log.error("request %s failed", request_id, exc_info=error)
     text = f"the server failed on this call. Its log has more under {request_id}."
-    return ServiceError("UNEXPECTED", text), request_id
+    return ServiceError("UNEXPECTED", text)
 
 
 def status_of(error: ServiceError, request_id: str = "") -> status_pb2.Status:
@@ -42,14 +40,14 @@ def status_of(error: ServiceError, request_id: str = "") -> status_pb2.Status:
 
     Args:
         error: The failure.
-        request_id: Under which id the log has more, or "".
+        request_id: The id of the call that has failed, or "".
 
     Returns:
         The status.
     """
     details = _details(error)
     if request_id:
-        details.insert(0, error_details_pb2.RequestInfo(request_id=request_id))
+        details.append(error_details_pb2.RequestInfo(request_id=request_id))
     status = status_pb2.Status(code=error.code, message=error.message)
     for detail in details:
         packed = AnyMessage()

@@ -39,6 +39,12 @@ class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MODE_REVERSE_OVER_REVERSE: _ClassVar[Mode]
     MODE_FORWARD_OVER_FORWARD: _ClassVar[Mode]
 
+class Isolation(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ISOLATION_UNSPECIFIED: _ClassVar[Isolation]
+    ISOLATION_NONE: _ClassVar[Isolation]
+    ISOLATION_PROCESS: _ClassVar[Isolation]
+
 class Layout(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     LAYOUT_UNSPECIFIED: _ClassVar[Layout]
@@ -101,6 +107,14 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SOURCE_UNREADABLE: _ClassVar[ErrorReason]
     STORAGE_UNAVAILABLE: _ClassVar[ErrorReason]
     FUNCTION_CHANGED: _ClassVar[ErrorReason]
+    TOKEN_INVALID: _ClassVar[ErrorReason]
+    SCOPE_MISSING: _ClassVar[ErrorReason]
+    TOO_MANY_STREAMS: _ClassVar[ErrorReason]
+    COMPILE_BUDGET_SPENT: _ClassVar[ErrorReason]
+    STREAM_IDLE: _ClassVar[ErrorReason]
+    TIME_BUDGET_SPENT: _ClassVar[ErrorReason]
+    WORKER_DIED: _ClassVar[ErrorReason]
+    FUNCTION_QUARANTINED: _ClassVar[ErrorReason]
 QUANTITY_UNSPECIFIED: Quantity
 QUANTITY_VALUE: Quantity
 QUANTITY_JACOBIAN: Quantity
@@ -123,6 +137,9 @@ MODE_SPARSE: Mode
 MODE_FORWARD_OVER_REVERSE: Mode
 MODE_REVERSE_OVER_REVERSE: Mode
 MODE_FORWARD_OVER_FORWARD: Mode
+ISOLATION_UNSPECIFIED: Isolation
+ISOLATION_NONE: Isolation
+ISOLATION_PROCESS: Isolation
 LAYOUT_UNSPECIFIED: Layout
 LAYOUT_MATRIX: Layout
 LAYOUT_BLOCKS: Layout
@@ -177,9 +194,17 @@ SOURCE_FORBIDDEN: ErrorReason
 SOURCE_UNREADABLE: ErrorReason
 STORAGE_UNAVAILABLE: ErrorReason
 FUNCTION_CHANGED: ErrorReason
+TOKEN_INVALID: ErrorReason
+SCOPE_MISSING: ErrorReason
+TOO_MANY_STREAMS: ErrorReason
+COMPILE_BUDGET_SPENT: ErrorReason
+STREAM_IDLE: ErrorReason
+TIME_BUDGET_SPENT: ErrorReason
+WORKER_DIED: ErrorReason
+FUNCTION_QUARANTINED: ErrorReason
 
 class Function(_message.Message):
-    __slots__ = ("name", "documentation", "arguments", "results", "modes", "missing_modes", "preferred_mode", "max_batch", "measured_strategies", "sizes")
+    __slots__ = ("name", "documentation", "arguments", "results", "modes", "missing_modes", "preferred_mode", "max_batch", "measured_strategies", "sizes", "quarantine_reason", "isolation")
     class SizesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -197,6 +222,8 @@ class Function(_message.Message):
     MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
     MEASURED_STRATEGIES_FIELD_NUMBER: _ClassVar[int]
     SIZES_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINE_REASON_FIELD_NUMBER: _ClassVar[int]
+    ISOLATION_FIELD_NUMBER: _ClassVar[int]
     name: str
     documentation: str
     arguments: _containers.RepeatedCompositeFieldContainer[Argument]
@@ -207,7 +234,9 @@ class Function(_message.Message):
     max_batch: int
     measured_strategies: _containers.RepeatedCompositeFieldContainer[MeasuredStrategy]
     sizes: _containers.ScalarMap[str, int]
-    def __init__(self, name: _Optional[str] = ..., documentation: _Optional[str] = ..., arguments: _Optional[_Iterable[_Union[Argument, _Mapping]]] = ..., results: _Optional[_Iterable[_Union[ResultArray, _Mapping]]] = ..., modes: _Optional[_Iterable[_Union[Mode, str]]] = ..., missing_modes: _Optional[_Iterable[_Union[MissingMode, _Mapping]]] = ..., preferred_mode: _Optional[_Union[Mode, str]] = ..., max_batch: _Optional[int] = ..., measured_strategies: _Optional[_Iterable[_Union[MeasuredStrategy, _Mapping]]] = ..., sizes: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    quarantine_reason: str
+    isolation: Isolation
+    def __init__(self, name: _Optional[str] = ..., documentation: _Optional[str] = ..., arguments: _Optional[_Iterable[_Union[Argument, _Mapping]]] = ..., results: _Optional[_Iterable[_Union[ResultArray, _Mapping]]] = ..., modes: _Optional[_Iterable[_Union[Mode, str]]] = ..., missing_modes: _Optional[_Iterable[_Union[MissingMode, _Mapping]]] = ..., preferred_mode: _Optional[_Union[Mode, str]] = ..., max_batch: _Optional[int] = ..., measured_strategies: _Optional[_Iterable[_Union[MeasuredStrategy, _Mapping]]] = ..., sizes: _Optional[_Mapping[str, int]] = ..., quarantine_reason: _Optional[str] = ..., isolation: _Optional[_Union[Isolation, str]] = ...) -> None: ...
 
 class Argument(_message.Message):
     __slots__ = ("name", "dtypes", "shape", "differentiable")

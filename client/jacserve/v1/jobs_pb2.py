@@ -28,43 +28,43 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from jacserve.v1 import jacobian_pb2 as jacserve_dot_v1_dot_jacobian__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16jacserve/v1/jobs.proto\x12\x0bjacserve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1ajacserve/v1/jacobian.proto\"\x84\x04\n\x03Job\x12\x0c\n\x04name\x18\x01 \x01(\t\x12!\n\x05query\x18\x02 \x01(\x0b\x32\x12.jacserve.v1.Query\x12$\n\x05state\x18\x03 \x01(\x0e\x32\x15.jacserve.v1.JobState\x12!\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\x12*\n\x08progress\x18\x05 \x01(\x0b\x32\x18.jacserve.v1.JobProgress\x12\x12\n\nbatch_size\x18\x06 \x01(\x03\x12\x12\n\nchunk_size\x18\x07 \x01(\x03\x12\x0e\n\x06output\x18\x08 \x01(\t\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nretry_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x85\x02\n\x0bJobProgress\x12\x13\n\x0bpoint_count\x18\x01 \x01(\x03\x12\x12\n\ndone_count\x18\x02 \x01(\x03\x12\x13\n\x0bready_count\x18\x03 \x01(\x03\x12\x18\n\x10non_finite_count\x18\x04 \x01(\x03\x12\x1d\n\x10\x66irst_non_finite\x18\x05 \x01(\x03H\x00\x88\x01\x01\x12\x19\n\x11points_per_second\x18\x06 \x01(\x01\x12\x36\n\x12\x65stimated_end_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0f\x65xecute_seconds\x18\x08 \x01(\x01\x42\x13\n\x11_first_non_finite\"e\n\x10\x43reateJobRequest\x12$\n\x04head\x18\x01 \x01(\x0b\x32\x14.jacserve.v1.JobSpecH\x00\x12#\n\x05piece\x18\x0f \x01(\x0b\x32\x12.jacserve.v1.PieceH\x00\x42\x06\n\x04part\"\x88\x01\n\x07JobSpec\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12!\n\x05query\x18\x02 \x01(\x0b\x32\x12.jacserve.v1.Query\x12\x12\n\nbatch_size\x18\x03 \x01(\x03\x12\x0e\n\x06output\x18\x04 \x01(\t\x12&\n\x03ttl\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x1d\n\rGetJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"_\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12%\n\x06states\x18\x03 \x03(\x0e\x32\x15.jacserve.v1.JobState\"K\n\x10ListJobsResponse\x12\x1e\n\x04jobs\x18\x01 \x03(\x0b\x32\x10.jacserve.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1f\n\x0fWatchJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"1\n\x10WatchJobResponse\x12\x1d\n\x03job\x18\x01 \x01(\x0b\x32\x10.jacserve.v1.Job\" \n\x10\x43\x61ncelJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\" \n\x10\x44\x65leteJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x13\n\x11\x44\x65leteJobResponse\"m\n\x14ReadJobResultRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\x03\x12\r\n\x05\x63ount\x18\x03 \x01(\x03\x12)\n\nquantities\x18\x04 \x03(\x0e\x32\x15.jacserve.v1.Quantity\"i\n\x15ReadJobResultResponse\x12#\n\x04head\x18\x01 \x01(\x0b\x32\x13.jacserve.v1.ResultH\x00\x12#\n\x05piece\x18\x0f \x01(\x0b\x32\x12.jacserve.v1.PieceH\x00\x42\x06\n\x04part*\x9a\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10JOB_STATE_FAILED\x10\x04\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x05\x32\xfc\x03\n\nJobService\x12>\n\tCreateJob\x12\x1d.jacserve.v1.CreateJobRequest\x1a\x10.jacserve.v1.Job(\x01\x12\x36\n\x06GetJob\x12\x1a.jacserve.v1.GetJobRequest\x1a\x10.jacserve.v1.Job\x12G\n\x08ListJobs\x12\x1c.jacserve.v1.ListJobsRequest\x1a\x1d.jacserve.v1.ListJobsResponse\x12I\n\x08WatchJob\x12\x1c.jacserve.v1.WatchJobRequest\x1a\x1d.jacserve.v1.WatchJobResponse0\x01\x12<\n\tCancelJob\x12\x1d.jacserve.v1.CancelJobRequest\x1a\x10.jacserve.v1.Job\x12J\n\tDeleteJob\x12\x1d.jacserve.v1.DeleteJobRequest\x1a\x1e.jacserve.v1.DeleteJobResponse\x12X\n\rReadJobResult\x12!.jacserve.v1.ReadJobResultRequest\x1a\".jacserve.v1.ReadJobResultResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16jacserve/v1/jobs.proto\x12\x0bjacserve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1ajacserve/v1/jacobian.proto\"\x93\x04\n\x03Job\x12\x0c\n\x04name\x18\x01 \x01(\t\x12!\n\x05query\x18\x02 \x01(\x0b\x32\x12.jacserve.v1.Query\x12$\n\x05state\x18\x03 \x01(\x0e\x32\x15.jacserve.v1.JobState\x12!\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\x12*\n\x08progress\x18\x05 \x01(\x0b\x32\x18.jacserve.v1.JobProgress\x12\x12\n\nbatch_size\x18\x06 \x01(\x03\x12\x12\n\nchunk_size\x18\x07 \x01(\x03\x12\x0e\n\x06output\x18\x08 \x01(\t\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nretry_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05owner\x18\x0f \x01(\t\"\x85\x02\n\x0bJobProgress\x12\x13\n\x0bpoint_count\x18\x01 \x01(\x03\x12\x12\n\ndone_count\x18\x02 \x01(\x03\x12\x13\n\x0bready_count\x18\x03 \x01(\x03\x12\x18\n\x10non_finite_count\x18\x04 \x01(\x03\x12\x1d\n\x10\x66irst_non_finite\x18\x05 \x01(\x03H\x00\x88\x01\x01\x12\x19\n\x11points_per_second\x18\x06 \x01(\x01\x12\x36\n\x12\x65stimated_end_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0f\x65xecute_seconds\x18\x08 \x01(\x01\x42\x13\n\x11_first_non_finite\"e\n\x10\x43reateJobRequest\x12$\n\x04head\x18\x01 \x01(\x0b\x32\x14.jacserve.v1.JobSpecH\x00\x12#\n\x05piece\x18\x0f \x01(\x0b\x32\x12.jacserve.v1.PieceH\x00\x42\x06\n\x04part\"\x88\x01\n\x07JobSpec\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12!\n\x05query\x18\x02 \x01(\x0b\x32\x12.jacserve.v1.Query\x12\x12\n\nbatch_size\x18\x03 \x01(\x03\x12\x0e\n\x06output\x18\x04 \x01(\t\x12&\n\x03ttl\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\",\n\rGetJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05owner\x18\x02 \x01(\t\"n\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12%\n\x06states\x18\x03 \x03(\x0e\x32\x15.jacserve.v1.JobState\x12\r\n\x05owner\x18\x04 \x01(\t\"K\n\x10ListJobsResponse\x12\x1e\n\x04jobs\x18\x01 \x03(\x0b\x32\x10.jacserve.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\".\n\x0fWatchJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05owner\x18\x02 \x01(\t\"1\n\x10WatchJobResponse\x12\x1d\n\x03job\x18\x01 \x01(\x0b\x32\x10.jacserve.v1.Job\"/\n\x10\x43\x61ncelJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05owner\x18\x02 \x01(\t\"/\n\x10\x44\x65leteJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05owner\x18\x02 \x01(\t\"\x13\n\x11\x44\x65leteJobResponse\"|\n\x14ReadJobResultRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\x03\x12\r\n\x05\x63ount\x18\x03 \x01(\x03\x12)\n\nquantities\x18\x04 \x03(\x0e\x32\x15.jacserve.v1.Quantity\x12\r\n\x05owner\x18\x05 \x01(\t\"i\n\x15ReadJobResultResponse\x12#\n\x04head\x18\x01 \x01(\x0b\x32\x13.jacserve.v1.ResultH\x00\x12#\n\x05piece\x18\x0f \x01(\x0b\x32\x12.jacserve.v1.PieceH\x00\x42\x06\n\x04part*\x9a\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10JOB_STATE_FAILED\x10\x04\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x05\x32\xfc\x03\n\nJobService\x12>\n\tCreateJob\x12\x1d.jacserve.v1.CreateJobRequest\x1a\x10.jacserve.v1.Job(\x01\x12\x36\n\x06GetJob\x12\x1a.jacserve.v1.GetJobRequest\x1a\x10.jacserve.v1.Job\x12G\n\x08ListJobs\x12\x1c.jacserve.v1.ListJobsRequest\x1a\x1d.jacserve.v1.ListJobsResponse\x12I\n\x08WatchJob\x12\x1c.jacserve.v1.WatchJobRequest\x1a\x1d.jacserve.v1.WatchJobResponse0\x01\x12<\n\tCancelJob\x12\x1d.jacserve.v1.CancelJobRequest\x1a\x10.jacserve.v1.Job\x12J\n\tDeleteJob\x12\x1d.jacserve.v1.DeleteJobRequest\x1a\x1e.jacserve.v1.DeleteJobResponse\x12X\n\rReadJobResult\x12!.jacserve.v1.ReadJobResultRequest\x1a\".jacserve.v1.ReadJobResultResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'jacserve.v1.jobs_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_JOBSTATE']._serialized_start=1779
-  _globals['_JOBSTATE']._serialized_end=1933
+  _globals['_JOBSTATE']._serialized_start=1884
+  _globals['_JOBSTATE']._serialized_end=2038
   _globals['_JOB']._serialized_start=158
-  _globals['_JOB']._serialized_end=674
-  _globals['_JOBPROGRESS']._serialized_start=677
-  _globals['_JOBPROGRESS']._serialized_end=938
-  _globals['_CREATEJOBREQUEST']._serialized_start=940
-  _globals['_CREATEJOBREQUEST']._serialized_end=1041
-  _globals['_JOBSPEC']._serialized_start=1044
-  _globals['_JOBSPEC']._serialized_end=1180
-  _globals['_GETJOBREQUEST']._serialized_start=1182
-  _globals['_GETJOBREQUEST']._serialized_end=1211
-  _globals['_LISTJOBSREQUEST']._serialized_start=1213
-  _globals['_LISTJOBSREQUEST']._serialized_end=1308
-  _globals['_LISTJOBSRESPONSE']._serialized_start=1310
-  _globals['_LISTJOBSRESPONSE']._serialized_end=1385
-  _globals['_WATCHJOBREQUEST']._serialized_start=1387
-  _globals['_WATCHJOBREQUEST']._serialized_end=1418
-  _globals['_WATCHJOBRESPONSE']._serialized_start=1420
-  _globals['_WATCHJOBRESPONSE']._serialized_end=1469
-  _globals['_CANCELJOBREQUEST']._serialized_start=1471
-  _globals['_CANCELJOBREQUEST']._serialized_end=1503
-  _globals['_DELETEJOBREQUEST']._serialized_start=1505
-  _globals['_DELETEJOBREQUEST']._serialized_end=1537
-  _globals['_DELETEJOBRESPONSE']._serialized_start=1539
-  _globals['_DELETEJOBRESPONSE']._serialized_end=1558
-  _globals['_READJOBRESULTREQUEST']._serialized_start=1560
-  _globals['_READJOBRESULTREQUEST']._serialized_end=1669
-  _globals['_READJOBRESULTRESPONSE']._serialized_start=1671
-  _globals['_READJOBRESULTRESPONSE']._serialized_end=1776
-  _globals['_JOBSERVICE']._serialized_start=1936
-  _globals['_JOBSERVICE']._serialized_end=2444
+  _globals['_JOB']._serialized_end=689
+  _globals['_JOBPROGRESS']._serialized_start=692
+  _globals['_JOBPROGRESS']._serialized_end=953
+  _globals['_CREATEJOBREQUEST']._serialized_start=955
+  _globals['_CREATEJOBREQUEST']._serialized_end=1056
+  _globals['_JOBSPEC']._serialized_start=1059
+  _globals['_JOBSPEC']._serialized_end=1195
+  _globals['_GETJOBREQUEST']._serialized_start=1197
+  _globals['_GETJOBREQUEST']._serialized_end=1241
+  _globals['_LISTJOBSREQUEST']._serialized_start=1243
+  _globals['_LISTJOBSREQUEST']._serialized_end=1353
+  _globals['_LISTJOBSRESPONSE']._serialized_start=1355
+  _globals['_LISTJOBSRESPONSE']._serialized_end=1430
+  _globals['_WATCHJOBREQUEST']._serialized_start=1432
+  _globals['_WATCHJOBREQUEST']._serialized_end=1478
+  _globals['_WATCHJOBRESPONSE']._serialized_start=1480
+  _globals['_WATCHJOBRESPONSE']._serialized_end=1529
+  _globals['_CANCELJOBREQUEST']._serialized_start=1531
+  _globals['_CANCELJOBREQUEST']._serialized_end=1578
+  _globals['_DELETEJOBREQUEST']._serialized_start=1580
+  _globals['_DELETEJOBREQUEST']._serialized_end=1627
+  _globals['_DELETEJOBRESPONSE']._serialized_start=1629
+  _globals['_DELETEJOBRESPONSE']._serialized_end=1648
+  _globals['_READJOBRESULTREQUEST']._serialized_start=1650
+  _globals['_READJOBRESULTREQUEST']._serialized_end=1774
+  _globals['_READJOBRESULTRESPONSE']._serialized_start=1776
+  _globals['_READJOBRESULTRESPONSE']._serialized_end=1881
+  _globals['_JOBSERVICE']._serialized_start=2041
+  _globals['_JOBSERVICE']._serialized_end=2549
 # @@protoc_insertion_point(module_scope)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -98,7 +99,9 @@ class JobRun:
             self._on_progress(self._uid)
 
     async def _stop(self, error: Exception) -> None:
-        failure, request_id = explained(error)
+        # No call has failed, but a fault is found in the log in the same way.
+        request_id = uuid.uuid4().hex
+        failure = explained(error, request_id)
         status = status_of(failure, request_id).SerializeToString()
         _log.info("job %s: %s", self._record.job_id, failure.message)
         try:

@@ -1,0 +1,51 @@
+"""Who calls, and what they may do: plain data that goes with a call."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Scope = Literal["read", "compute", "jobs", "admin"]
+SCOPES: frozenset[Scope] = frozenset(get_args(Scope))
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls.
+
+    Attributes:
+        identity: "token:NAME" or "cert:NAME"; "" where nobody has to say who they are.
+        scopes: What they may do.
+        peer: The connection's address.
+    """
+
+    identity: str
+    scopes: frozenset[Scope]
+    peer: str
+
+    @property
+    def client(self) -> str:
+        """Whose turn it is and whose share it counts for."""
+        return self.identity or self.peer
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call, or one query of a session.
+
+    Attributes:
+        method: The RPC's name.
+        caller: Who calls.
+        request_id: Finds the call in the log.
+        start: When it came, by `time.perf_counter`.
+        function: Name and version of what it is about, once that is known.
+    """
+
+    method: str
+    caller: Caller
+    request_id: str
+    start: float
+    function: str = ""
+
+    @property
+    def client(self) -> str:
+        """Whose turn it is and whose share it counts for."""
+        return self.caller.client
