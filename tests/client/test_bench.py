@@ -14,9 +14,11 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import jacserve
 from jacserve import benching, load
+from jacserve.commands import app
 from jacserve.v1 import jacobian_pb2 as pb
 from server_process import server_process
 
@@ -155,8 +157,10 @@ def test_interrupted_it_prints_what_was_measured(target: str, tmp_path: Path) ->
         (["spherical", "--target", "127.0.0.1:1"], "No server answers"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(bench, arguments, words: str) -> None:
-    done = bench(*arguments, code=1)
+def test_what_is_wrong_is_said_in_one_line(target: str, arguments, words: str) -> None:
+    # Here, since a dozen processes would only start, and end.
+    done = CliRunner().invoke(app, ["bench", *arguments], env=environment(target))
+    assert done.exit_code == 1
     assert words in done.stderr
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
