@@ -1,7 +1,7 @@
 """Servers that ask who calls, their tokens and certificates, and calls with them."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -57,10 +57,8 @@ def ask(
         iter(requests), metadata=metadata, timeout=PATIENCE_S
     )
     parts: list[bytes] = []
-    try:
+    with suppress(grpc.RpcError):
         parts.extend(call)
-    except grpc.RpcError:
-        pass
     return Answer(call.code(), *_error(call), tuple(parts))
 
 
