@@ -1,6 +1,6 @@
 """Servers that ask who calls, their tokens and certificates, and calls with them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -15,7 +15,7 @@ from jacserve_server import tokens
 from jacserve_server.callers import Scope
 
 PATIENCE_S = 30.0
-Metadata = Sequence[tuple[str, str | bytes]]
+Metadata = tuple[tuple[str, str | bytes], ...]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Answer:
 
 
 def bearer(token: str) -> Metadata:
-    return [("authorization", f"Bearer {token}")]
+    return (("authorization", f"Bearer {token}"),)
 
 
 def ask(
