@@ -54,7 +54,11 @@ app = typer.Typer(
 def main() -> None:
     """Runs the command line."""
     for command in entry_points(group="jacserve.commands"):
-        app.command(command.name)(command.load())
+        loaded = command.load()
+        if isinstance(loaded, typer.Typer):
+            app.add_typer(loaded, name=command.name)
+        else:
+            app.command(command.name)(loaded)
     app(prog_name="jacserve")
 
 

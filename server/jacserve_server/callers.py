@@ -15,11 +15,13 @@ class Caller:
         identity: "token:NAME" or "cert:NAME"; "" where nobody has to say who they are.
         scopes: What they may do.
         peer: The connection's address.
+        token_id: Which token they came with; "" where there is none.
     """
 
     identity: str
     scopes: frozenset[Scope]
     peer: str
+    token_id: str = ""
 
     @property
     def client(self) -> str:

@@ -115,6 +115,7 @@ class Boundary:
             call = self._gate.admit(method, context)
             async with aclosing(answering(call)) as answers:
                 async for each in answers:
+                    self._gate.readmit(call)
                     yield each
         except (asyncio.CancelledError, GeneratorExit) as error:
             self._observer.ended(call, method, error)
@@ -123,6 +124,42 @@ class Boundary:
             self._fail(context, call, method, error)
         else:
             self._observer.ended(call, method, None)
+
+    def admits(self, context: Any, method: str) -> bool:
+        """Lets a call in that others answer, or fails it.
+
+        Args:
+            context: The call's.
+            method: The RPC's name.
+
+        Returns:
+            Whether it was let in.
+        """
+        try:
+            self._gate.admit(method, context)
+        except Exception as error:
+            self._fail(context, None, method, error)
+            return False
+        return True
+
+    async def requests(
+        self, raws: AsyncIterator[bytes], call: Call
+    ) -> AsyncGenerator[bytes]:
+        """Yields what a call sends, as long as it would be let in.
+
+        Args:
+            raws: Serialized requests.
+            call: The call.
+
+        Yields:
+            The requests.
+
+        Raises:
+            ServiceError: It would not be let in any more.
+        """
+        async for raw in raws:
+            self._gate.readmit(call)
+            yield raw
 
     def _fail(
         self, context: Any, call: Call | None, method: str, error: Exception

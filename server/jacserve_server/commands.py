@@ -60,6 +60,35 @@ def serve(
         typer.Option(help="TCP port; 0 takes a free one.", show_default="50051"),
     ] = None,
     device: DeviceName = None,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of tokens, as `jacserve tokens` makes it; one of them must come "
+            "with every call.",
+            show_default="none",
+        ),
+    ] = None,
+    tls_certificate: Annotated[
+        Path | None,
+        typer.Option(help="PEM file of the server's certificate.", show_default="none"),
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(help="PEM file of its key.", show_default="none")
+    ] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            help="PEM file of the authorities whose certificates clients must have.",
+            show_default="none",
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option(
+            "--insecure",
+            help="Listen to a network with neither TLS nor tokens: all may call.",
+        ),
+    ] = False,
     config: ConfigFile = None,
 ) -> None:
     """Serve the functions of files and modules, until SIGTERM or Ctrl-C.
@@ -71,6 +100,7 @@ def serve(
     with needing_server():
         from jacserve_server.config import Config
         from jacserve_server.executor import DeviceError
+        from jacserve_server.exposure import ExposureError
         from jacserve_server.loading import load_registries
         from jacserve_server.registration import build_catalog
         from jacserve_server.registry import RegistrationError
@@ -80,7 +110,19 @@ def serve(
             run,
             serve_until_signal,
         )
-    settings = _settings(config, host=host, port=port, device=device)
+        from jacserve_server.tls import CertificateError
+        from jacserve_server.tokens import TokenFileError
+    settings = _settings(
+        config,
+        host=host,
+        port=port,
+        device=device,
+        tokens_file=tokens,
+        tls_certificate=tls_certificate,
+        tls_key=tls_key,
+        tls_client_ca=tls_client_ca,
+        insecure=insecure or None,
+    )
     _set_allocator(settings)
     for name in os.environ:
         setting = name.removeprefix("JACSERVE_").lower()
@@ -105,8 +147,10 @@ def serve(
 
     try:
         is_drained = run(serve_until_signal(catalog, settings, announce))
-    except (AddressError, DeviceError, WarmUpError) as error:
+    except (AddressError, CertificateError, DeviceError, WarmUpError) as error:
         fail(str(error))
+    except (ExposureError, TokenFileError) as error:
+        fail(str(error), "Nothing is served until this is mended.")
     print("Stopped." if is_drained else "Stopped while calls still ran.", flush=True)
     if not is_drained:
         # A running program can't be interrupted, and Python would wait for it.
@@ -311,8 +355,13 @@ def _set_allocator(settings: "Config") -> None:
 
 
 def _settings_problems(error: "ValidationError") -> list[str]:
-    return [
-        f"setting {'.'.join(map(str, problem['loc']))}: {problem['msg']} "
-        f"(it is {problem['input']!r})"
-        for problem in error.errors()
-    ]
+    from jacserve_server.config import Config
+
+    problems: list[str] = []
+    for problem in error.errors():
+        name = ".".join(map(str, problem["loc"])) or "tls"
+        field = Config.model_fields.get(name)
+        # What has another name may be a password, and some settings have one in them.
+        shown = f" (it is {problem['input']!r})" if field and field.repr else ""
+        problems.append(f"setting {name}: {problem['msg']}{shown}")
+    return problems

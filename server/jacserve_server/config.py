@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import platformdirs
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
+
+from jacserve_server.callers import Scope
 
 
 def _device(name: str) -> str:
@@ -32,6 +34,17 @@ class Config(BaseSettings):
     Attributes:
         host: Address to listen on; loopback unless told otherwise.
         port: TCP port; 0 takes a free one.
+        insecure: Whether everybody may call who reaches the port, where that is not
+            on loopback and there is neither TLS nor a file of tokens.
+        tls_certificate: PEM file of the server's certificate, and of those between it
+            and a root; None for no TLS.
+        tls_key: PEM file of its key.
+        tls_client_ca: PEM file of the authorities whose certificates clients must
+            have; None for none.
+        tls_client_scopes: What such clients may do, where there are no tokens.
+        tokens_file: File of tokens, one of which every call must have; None for none.
+        open_health: Whether health also answers who has no token.
+        open_reflection: Whether reflection does; else it needs the scope "read".
         device: "auto", a platform such as "cpu" or "gpu" for its first device, or
             devices by number, such as "gpu:1" or "gpu:0,1".
         device_threads: Programs that may run at once on each device; None for 2 on a
@@ -67,6 +80,7 @@ class Config(BaseSettings):
         jobs_database: The table of jobs, in PostgreSQL by URL; None for SQLite, in
             jobs_dir.
         max_jobs: Jobs that are queued or running; more are refused.
+        max_identity_jobs: As many of one identity; None for what is left to others.
         max_running_jobs: Jobs that are computed at once, in turn.
         max_finished_jobs: Jobs kept that have ended; the oldest goes first.
         max_upload_bytes: The most that the arrays of one job may take.
@@ -76,11 +90,23 @@ class Config(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="JACSERVE_", frozen=True, extra="forbid"
+        # What is refused may be a password that was put in the wrong place.
+        env_prefix="JACSERVE_",
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,
     )
 
     host: str = "127.0.0.1"
     port: int = Field(default=50051, ge=0, le=65535)
+    insecure: bool = False
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    tls_client_scopes: tuple[Scope, ...] = ("read", "compute", "jobs")
+    tokens_file: Path | None = None
+    open_health: bool = True
+    open_reflection: bool = False
     device: Annotated[str, AfterValidator(_device)] = "auto"
     device_threads: int | None = Field(default=None, ge=1)
     shard_rows: int = Field(default=4096, ge=2)
@@ -98,19 +124,29 @@ class Config(BaseSettings):
         default_factory=lambda: platformdirs.user_cache_path("jacserve") / "1"
     )
     max_cache_bytes: int = Field(default=2**30, ge=0)
-    storage_roots: dict[str, str] = Field(default_factory=dict)
-    result_roots: dict[str, str] = Field(default_factory=dict)
+    # Their URLs may have passwords in them, as that of the table may.
+    storage_roots: dict[str, str] = Field(default_factory=dict, repr=False)
+    result_roots: dict[str, str] = Field(default_factory=dict, repr=False)
     jobs_dir: Path = Field(
         default_factory=lambda: platformdirs.user_data_path("jacserve") / "jobs"
     )
     jobs_database: str | None = Field(default=None, repr=False)
     max_jobs: int = Field(default=1000, ge=1)
+    max_identity_jobs: int | None = Field(default=None, ge=1)
     max_running_jobs: int = Field(default=4, ge=1)
     max_finished_jobs: int = Field(default=1000, ge=0)
     max_upload_bytes: int = Field(default=2**36, ge=2**10)
     job_ttl_s: float = Field(default=7 * 86400.0, ge=0)
     grace_s: float = Field(default=30.0, ge=0)
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
+
+    @model_validator(mode="after")
+    def _has_whole_pairs(self) -> "Config":
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("pass tls_certificate and tls_key, or neither")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("tls_client_ca needs tls_certificate and tls_key")
+        return self
 
     @staticmethod
     def load(path: Path | None = None, **arguments: Any) -> "Config":

@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 
 from jacserve.v1 import jobs_pb2
+from jacserve_server.access import owner_of
 from jacserve_server.admission import shutting_down
 from jacserve_server.callers import Call
 from jacserve_server.calls import Boundary, Handler, add_handlers
@@ -132,40 +133,47 @@ class JobService:
                 yield part
 
     async def _create(self, requests: AsyncIterator[bytes], call: Call) -> jobs_pb2.Job:
-        return await (await self.desk()).create(requests)
+        raws = self._boundary.requests(requests, call)
+        return await (await self.desk()).create(raws, call.caller.identity)
 
     async def _get(self, request: jobs_pb2.GetJobRequest, call: Call) -> jobs_pb2.Job:
-        return await (await self.desk()).get(request.name)
+        owner = owner_of(request.owner, call.caller)
+        return await (await self.desk()).get(request.name, owner)
 
     async def _list(
         self, request: jobs_pb2.ListJobsRequest, call: Call
     ) -> jobs_pb2.ListJobsResponse:
-        return await (await self.desk()).list(request)
+        owner = owner_of(request.owner, call.caller)
+        return await (await self.desk()).list(request, owner)
 
     async def _watch(
         self, request: jobs_pb2.WatchJobRequest, call: Call
     ) -> AsyncGenerator[jobs_pb2.WatchJobResponse]:
+        owner = owner_of(request.owner, call.caller)
         desk = await self.desk()
-        async with aclosing(desk.watch(request.name)) as news:
+        async with aclosing(desk.watch(request.name, owner)) as news:
             async for job in news:
                 yield jobs_pb2.WatchJobResponse(job=job)
 
     async def _cancel(
         self, request: jobs_pb2.CancelJobRequest, call: Call
     ) -> jobs_pb2.Job:
-        return await (await self.desk()).cancel(request.name)
+        owner = owner_of(request.owner, call.caller)
+        return await (await self.desk()).cancel(request.name, owner)
 
     async def _delete(
         self, request: jobs_pb2.DeleteJobRequest, call: Call
     ) -> jobs_pb2.DeleteJobResponse:
-        await (await self.desk()).delete(request.name)
+        owner = owner_of(request.owner, call.caller)
+        await (await self.desk()).delete(request.name, owner)
         return jobs_pb2.DeleteJobResponse()
 
     async def _read(
         self, request: jobs_pb2.ReadJobResultRequest, call: Call
     ) -> AsyncGenerator[bytes]:
+        owner = owner_of(request.owner, call.caller)
         desk = await self.desk()
-        async with aclosing(desk.read(request)) as parts:
+        async with aclosing(desk.read(request, owner)) as parts:
             async for part in parts:
                 yield part
 

@@ -18,12 +18,18 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection
 
 from jacserve.v1 import jacobian_pb2 as pb, jobs_pb2
-from jacserve_server import compile_cache, job_service, xla_threads
-from jacserve_server.access import OpenGate
+from jacserve_server import (
+    compile_cache,
+    exposure,
+    job_service,
+    probes,
+    xla_threads,
+)
+from jacserve_server.access import Gate, GuardedGate, OpenGate
 from jacserve_server.batches import bucket_for
 from jacserve_server.callers import Call
 from jacserve_server.calls import Boundary, Failure
@@ -36,6 +42,8 @@ from jacserve_server.registration import build_catalog
 from jacserve_server.registry import Registry, WarmUp
 from jacserve_server.service import JacobianService, add_to_server
 from jacserve_server.signature import FunctionSpec
+from jacserve_server.tls import Certificates
+from jacserve_server.tokens import TokenFile
 from jacserve_server.warmup import first_work, further_work, single_point
 from jacserve_server.work import Work
 
@@ -74,9 +82,16 @@ class Server:
             config: The settings.
 
         Raises:
+            ExposureError: Strangers may reach it, and it would let them in.
+            CertificateError: There are no certificates to serve TLS with.
+            TokenFileError: The file of tokens is of no use.
             DeviceError: The device is not there.
         """
         self._config = config
+        # Nothing is compiled, nor imported for it, before this is settled.
+        self._warn_of_strangers()
+        self._credentials = _credentials(config)
+        gate = _gate(config)
         machine = build_machine(catalog, config)
         self._executor, self._scheduler = machine.executor, machine.scheduler
         self._warming: asyncio.Task[None] | None = None
@@ -100,7 +115,7 @@ class Server:
                 ("grpc.http.overload_protection", 0),
             ]
         )
-        boundary = Boundary(OpenGate(), _Unobserved())
+        boundary = Boundary(gate, _Unobserved())
         self._service = JacobianService(
             catalog,
             self._scheduler,
@@ -111,9 +126,13 @@ class Server:
         self._jobs = JobService(partial(_open_desk, catalog, machine, config), boundary)
         add_to_server(self._service, self._server, boundary)
         job_service.add_to_server(self._jobs, self._server, boundary)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection(
-            (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        probes.add_health(
+            self._health, self._server, None if config.open_health else boundary
+        )
+        probes.add_reflection(
+            (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME),
+            self._server,
+            None if config.open_reflection else boundary,
         )
 
     async def start(self) -> str:
@@ -130,7 +149,7 @@ class Server:
         address = f"[{host}]" if ":" in host else host
         try:
             _try_to_bind(host, port)
-            bound = self._server.add_insecure_port(f"{address}:{port}")
+            bound = self._add_port(f"{address}:{port}")
         except (OSError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise AddressError(
@@ -151,6 +170,18 @@ class Server:
         self._warming = asyncio.create_task(self._warm_up_further())
         self._resuming = asyncio.create_task(self._resume_jobs())
         return f"{address}:{bound}"
+
+    def _warn_of_strangers(self) -> None:
+        try:
+            for warning in exposure.warnings_of(self._config):
+                _log.warning("%s", warning)
+        except OSError:
+            pass  # It can't be listened on, either, which `start` says.
+
+    def _add_port(self, address: str) -> int:
+        if self._credentials is None:
+            return self._server.add_insecure_port(address)
+        return self._server.add_secure_port(address, self._credentials)
 
     async def _set_health(self, status: Any) -> None:
         for name in ("", *_SERVICES):
@@ -225,6 +256,23 @@ class Server:
         await self._jobs.close()
         self._executor.close()
         return is_drained
+
+
+def _gate(config: Config) -> Gate:
+    if config.tokens_file is None and config.tls_client_ca is None:
+        return OpenGate()
+    return GuardedGate(
+        TokenFile(config.tokens_file) if config.tokens_file is not None else None,
+        has_certificates=config.tls_client_ca is not None,
+        scopes=config.tls_client_scopes,
+    )
+
+
+def _credentials(config: Config) -> grpc.ServerCredentials | None:
+    if config.tls_certificate is None or config.tls_key is None:
+        return None
+    found = Certificates(config.tls_certificate, config.tls_key, config.tls_client_ca)
+    return found.credentials()
 
 
 def _open_desk(catalog: Catalog, machine: Machine, config: Config) -> Any:

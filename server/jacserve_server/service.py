@@ -129,7 +129,8 @@ class JacobianService:
         session = Session(_Answerer(self, call))
         self._sessions.add(session)
         try:
-            async with aclosing(session.answers(requests)) as answers:
+            raws = self._boundary.requests(requests, call)
+            async with aclosing(session.answers(raws)) as answers:
                 async for answer in answers:
                     yield answer
         finally:
@@ -235,8 +236,9 @@ class JacobianService:
         return request
 
     async def _evaluate_stream(
-        self, raws: AsyncIterator[bytes], call: Call
+        self, requests: AsyncIterator[bytes], call: Call
     ) -> AsyncGenerator[bytes]:
+        raws = self._boundary.requests(requests, call)
         raw = await anext(raws, None)
         if raw is None:
             raise _broken("it has no head. Send one, then the pieces.")

@@ -113,11 +113,12 @@ class JobDesk:
         self._table.close()
         self._folder.close()
 
-    async def create(self, raws: AsyncIterator[bytes]) -> jobs_pb2.Job:
+    async def create(self, raws: AsyncIterator[bytes], owner: str) -> jobs_pb2.Job:
         """Creates a job, unless it is there.
 
         Args:
             raws: Serialized CreateJobRequests.
+            owner: Who creates it.
 
         Returns:
             The job.
@@ -125,16 +126,17 @@ class JobDesk:
         Raises:
             ServiceError: It can't be created.
         """
-        record, is_new = await self._intake.create(raws)
+        record, is_new = await self._intake.create(raws, owner)
         if is_new:
             self._worker.wake()
         return encode_job(record)
 
-    async def get(self, name: str) -> jobs_pb2.Job:
+    async def get(self, name: str, owner: str) -> jobs_pb2.Job:
         """Finds a job.
 
         Args:
             name: Its id, or its resource name.
+            owner: Whose it is.
 
         Returns:
             The job as it is now.
@@ -142,21 +144,22 @@ class JobDesk:
         Raises:
             ServiceError: There is none.
         """
-        return encode_job(await self._find(id_of(name)))
+        return encode_job(await self._find(id_of(name), owner))
 
-    async def _find(self, job_id: str) -> JobRecord:
-        record = await self._in_table(self._table.find, job_id)
+    async def _find(self, job_id: str, owner: str) -> JobRecord:
+        record = await self._in_table(self._table.find, job_id, owner)
         if record is None:
             raise _not_found(job_id)
         return record
 
     async def list(
-        self, request: jobs_pb2.ListJobsRequest
+        self, request: jobs_pb2.ListJobsRequest, owner: str
     ) -> jobs_pb2.ListJobsResponse:
         """Lists jobs, the newest first.
 
         Args:
             request: Which page, of which jobs.
+            owner: Whose; "-" for all.
 
         Returns:
             The page.
@@ -164,26 +167,30 @@ class JobDesk:
         Raises:
             ServiceError: There is no such page.
         """
-        page = read_page(request)
+        page = read_page(request, owner)
 
         def jobs() -> "list[JobRecord]":
             return self._table.jobs(
-                states=page.states, before=page.before, limit=page.size + 1
+                states=page.states,
+                identity=page.identity,
+                before=page.before,
+                limit=page.size + 1,
             )
 
         return encode_page(await self._in_table(jobs), page.size)
 
-    async def watch(self, name: str) -> AsyncGenerator[jobs_pb2.Job]:
+    async def watch(self, name: str, owner: str) -> AsyncGenerator[jobs_pb2.Job]:
         """Yields a job whenever it has got further, until it has ended.
 
         Args:
             name: Its id, or its resource name.
+            owner: Whose it is.
 
         Raises:
             ServiceError: There is none, or no longer.
         """
         job_id = id_of(name)
-        record = await self._find(job_id)
+        record = await self._find(job_id, owner)
         uid, told = record.uid, None
         event = asyncio.Event()
         self._news.setdefault(uid, set()).add(event)
@@ -203,18 +210,19 @@ class JobDesk:
                     async with asyncio.timeout(_POLL_S - _NEWS_S):
                         await event.wait()
                 event.clear()
-                record = await self._find(job_id)
+                record = await self._find(job_id, owner)
         finally:
             events = self._news[uid]
             events.discard(event)
             if not events:
                 del self._news[uid]
 
-    async def cancel(self, name: str) -> jobs_pb2.Job:
+    async def cancel(self, name: str, owner: str) -> jobs_pb2.Job:
         """Stops a job; does nothing to one that has ended.
 
         Args:
             name: Its id, or its resource name.
+            owner: Whose it is.
 
         Returns:
             The job as it is now.
@@ -223,24 +231,25 @@ class JobDesk:
             ServiceError: There is none.
         """
         job_id = id_of(name)
-        record = await self._in_table(self._table.cancel, job_id)
+        record = await self._in_table(self._table.cancel, job_id, owner)
         if record is None:
             raise _not_found(job_id)
         self._worker.stop_run(record.uid)
         self._tell(record.uid)
         return encode_job(record)
 
-    async def delete(self, name: str) -> None:
+    async def delete(self, name: str, owner: str) -> None:
         """Stops a job and forgets it.
 
         Args:
             name: Its id, or its resource name.
+            owner: Whose it is.
 
         Raises:
             ServiceError: There is none.
         """
         job_id = id_of(name)
-        uid = await self._in_table(self._table.delete, job_id)
+        uid = await self._in_table(self._table.delete, job_id, owner)
         if uid is None:
             raise _not_found(job_id)
         self._worker.stop_run(uid)
@@ -248,12 +257,13 @@ class JobDesk:
         self._worker.tidy_soon()
 
     async def read(
-        self, request: jobs_pb2.ReadJobResultRequest
+        self, request: jobs_pb2.ReadJobResultRequest, owner: str
     ) -> AsyncGenerator[bytes]:
         """Reads results of a range of points.
 
         Args:
             request: Which results of which points.
+            owner: Whose job it is.
 
         Yields:
             Serialized ReadJobResultResponses.
@@ -262,7 +272,7 @@ class JobDesk:
             ServiceError: There is no such job, or the points are not computed.
         """
         job_id = id_of(request.name)
-        record = await self._find(job_id)
+        record = await self._find(job_id, owner)
         spec = spec_of(record.request)
         asked = dict.fromkeys(spec.query.quantities)
         wanted = dict.fromkeys(request.quantities) or asked
@@ -306,7 +316,7 @@ class JobDesk:
                 yield part
         except ServiceError:
             # Its results go a moment after the job.
-            if (await self._find(job_id)).uid != record.uid:
+            if (await self._find(job_id, owner)).uid != record.uid:
                 raise _not_found(job_id) from None
             raise
 

@@ -216,7 +216,7 @@ class LocalEngine:
             for spec, array in pairs
         )
         work = Work(computation, whole, batch_size)
-        outcome = await self._scheduler.submit_background(work, task.job)
+        outcome = await self._scheduler.submit_background(work, task.turn)
         if rows == batch_size:
             return outcome
         return replace(

@@ -4,6 +4,7 @@ import hashlib
 import shutil
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
@@ -57,11 +58,14 @@ class Intake:
         self._in_pool = in_pool
         self._in_table = in_table
 
-    async def create(self, raws: AsyncIterator[bytes]) -> tuple[JobRecord, bool]:
+    async def create(
+        self, raws: AsyncIterator[bytes], identity: str
+    ) -> tuple[JobRecord, bool]:
         """Creates a job, unless it is there.
 
         Args:
             raws: Serialized CreateJobRequests.
+            identity: Who makes it.
 
         Returns:
             The job, and whether it is new.
@@ -83,11 +87,12 @@ class Intake:
         self._check_size(sum(hole.size for hole in holes))
         uid = uuid.uuid4().hex
         output = self._output(spec, uid)
-        request = await self._in_pool(self._fit, spec, uid, output)
+        request = await self._in_pool(self._fit, spec, uid, output, identity)
         digest = hashlib.sha256(request.to_bytes()).hexdigest()
-        existing = await self._in_table(self._table.find, spec.job_id)
+        existing = await self._in_table(self._table.find, spec.job_id, identity)
         if existing is None:
-            await self._check_count()
+            counts = await self._in_table(self._table.unfinished, identity)
+            self._check_count(identity, *counts)
             await self._in_pool(_check_absent, output)
         elif not existing.digest.startswith(digest):
             raise _exists(spec.job_id)
@@ -95,7 +100,7 @@ class Intake:
         try:
             digest += await self._receive(raws, raw, holes, spec, staged)
             record, is_new = await self._in_table(
-                self._keep, request, uid, digest, staged
+                self._keep, request, uid, digest, staged, identity
             )
         finally:
             await self._in_pool(shutil.rmtree, staged, True)
@@ -117,7 +122,7 @@ class Intake:
         """
         spec, uid = spec_of(record.request), record.uid
         output = self._output(spec, uid)
-        request = await self._in_pool(self._fit, spec, uid, output)
+        request = await self._in_pool(self._fit, spec, uid, output, record.identity)
         # What depends on the clock of a file or on its size is not the same any more.
         if request.to_bytes() != record.request:
             raise ServiceError(
@@ -132,7 +137,9 @@ class Intake:
         """Returns where the results of a job are."""
         return self._output(spec_of(record.request), record.uid)
 
-    def _fit(self, spec: jobs_pb2.JobSpec, uid: str, output: Location) -> JobRequest:
+    def _fit(
+        self, spec: jobs_pb2.JobSpec, uid: str, output: Location, identity: str
+    ) -> JobRequest:
         return fit(
             spec,
             lambda name: self._catalog.find(name).spec,
@@ -140,6 +147,7 @@ class Intake:
             lambda place: self._folder.upload(uid, place),
             output,
             uid,
+            identity,
         )
 
     def _output(self, spec: jobs_pb2.JobSpec, uid: str) -> Location:
@@ -186,7 +194,7 @@ class Intake:
             raise _folder_unavailable(error) from error
 
     def _keep(
-        self, request: JobRequest, uid: str, digest: str, staged: Path
+        self, request: JobRequest, uid: str, digest: str, staged: Path, identity: str
     ) -> tuple[JobRecord, bool]:
         kept = self._folder.keep(staged, uid)
         is_new = False
@@ -207,7 +215,9 @@ class Intake:
                     output=task.output.name,
                     ttl_s=ttl_s,
                     owner=self._folder.presence.id,
-                )
+                    identity=identity,
+                ),
+                partial(self._check_count, identity),
             )
             return record, is_new
         finally:
@@ -225,9 +235,8 @@ class Intake:
                 max_query_bytes=self._config.max_upload_bytes,
             )
 
-    async def _check_count(self) -> None:
-        counts = await self._in_table(self._table.counts)
-        waiting = counts["queued"] + counts["running"]
+    def _check_count(self, identity: str, own: int, waiting: int) -> None:
+        """Raises ServiceError where as many jobs wait as may: of one, or of all."""
         if waiting >= self._config.max_jobs:
             raise ServiceError(
                 "TOO_MANY_JOBS",
@@ -235,6 +244,19 @@ class Intake:
                 f"{self._config.max_jobs}. Wait for some to end, or cancel them.",
                 jobs=waiting,
                 max_jobs=self._config.max_jobs,
+            )
+        most = self._config.max_identity_jobs
+        if most is None and identity:
+            # As of queries: whoever comes next finds room.
+            most = self._config.max_jobs - waiting
+        if most is not None and own >= most:
+            raise ServiceError(
+                "TOO_MANY_JOBS",
+                f"{own} of your jobs are queued or running, and this server keeps at "
+                f"most {most} of one identity now. Wait for some to end, or cancel "
+                "them.",
+                jobs=own,
+                max_jobs=most,
             )
 
 

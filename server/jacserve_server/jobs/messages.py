@@ -16,6 +16,7 @@ from jacserve_server.jobs.requests import spec_of
 from jacserve_server.jobs.states import FINAL, STATES, JobState
 
 _DEFAULT_PAGE, _LARGEST_PAGE = 100, 1000
+_EVERYBODY = "-"
 
 _NUMBERS: Mapping[JobState, jobs_pb2.JobState] = MappingProxyType(
     {
@@ -59,6 +60,7 @@ def encode_job(record: JobRecord) -> jobs_pb2.Job:
         batch_size=record.batch_size or 0,
         chunk_size=record.chunk_size or 0,
         output=record.output,
+        owner=record.identity,
     )
     if record.error is not None:
         job.error.CopyFrom(status_pb2.Status.FromString(record.error))
@@ -88,18 +90,21 @@ class Page:
         states: Only those in these states; all where there is none.
         before: Only those after this one in the list: its created_at and uid.
         size: How many at most.
+        identity: Only those that it has made; None for all.
     """
 
     states: tuple[JobState, ...]
     before: tuple[float, str] | None
     size: int
+    identity: str | None
 
 
-def read_page(request: jobs_pb2.ListJobsRequest) -> Page:
+def read_page(request: jobs_pb2.ListJobsRequest, owner: str) -> Page:
     """Reads which jobs to list.
 
     Args:
         request: The message.
+        owner: Whose; "-" for all.
 
     Returns:
         The page.
@@ -139,7 +144,8 @@ def read_page(request: jobs_pb2.ListJobsRequest) -> Page:
     states: list[JobState] = [
         _STATES[number] for number in dict.fromkeys(request.states)
     ]
-    return Page(tuple(states), before, min(size or _DEFAULT_PAGE, _LARGEST_PAGE))
+    limit = min(size or _DEFAULT_PAGE, _LARGEST_PAGE)
+    return Page(tuple(states), before, limit, None if owner == _EVERYBODY else owner)
 
 
 def encode_page(records: Sequence[JobRecord], size: int) -> jobs_pb2.ListJobsResponse:

@@ -32,7 +32,8 @@ class Task:
     """What is computed of every point.
 
     Attributes:
-        job: Names the job's turn at the device.
+        job: The job's uid.
+        turn: Names whose turn at the device it takes.
         computation: What to compute.
         sources: Where the computation's arrays are, in its order.
         point_count: How many points there are.
@@ -40,6 +41,7 @@ class Task:
     """
 
     job: str
+    turn: str
     computation: Computation
     sources: tuple[RowSource, ...]
     point_count: int

@@ -19,6 +19,7 @@ class NewJob:
         output: Where its results go.
         ttl_s: How long it is kept after it has ended.
         owner: The id of the server that has accepted it.
+        identity: Who makes it; "" where nobody has to say who they are.
         uid: Names its files, which may be there before the job is.
     """
 
@@ -30,6 +31,7 @@ class NewJob:
     output: str
     ttl_s: float
     owner: str
+    identity: str = ""
     uid: str = field(default_factory=lambda: uuid4().hex)
 
 
@@ -39,7 +41,8 @@ class JobRecord:
 
     Attributes:
         uid: Names its files; of this job alone, for ever.
-        job_id: The client's id for it, free again once it is deleted.
+        identity: Who has made it; "" where nobody has to say who they are.
+        job_id: Their id for it, free again once it is deleted.
         state: Where it is in its life.
         request: What to compute; opaque to the table.
         digest: Of the request and its points: the same job has the same.
@@ -68,6 +71,7 @@ class JobRecord:
     """
 
     uid: str
+    identity: str
     job_id: str
     state: JobState
     request: bytes

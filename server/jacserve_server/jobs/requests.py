@@ -96,6 +96,7 @@ def fit(
     uploads: Callable[[int], Location],
     output: Location,
     job: str,
+    identity: str,
 ) -> JobRequest:
     """Fits a job to its function, and to the files that it names. It reads these.
 
@@ -106,7 +107,8 @@ def fit(
         uploads: Where the query's tensors are, or will be: of the first, the second,
             and so on.
         output: Where the results go.
-        job: Names the job's turn at the device.
+        job: The job's uid.
+        identity: Whose turn at the device it takes; "" for one of its own.
 
     Returns:
         The request.
@@ -149,7 +151,8 @@ def fit(
         replace(places[place], is_batched=array.is_batched)
         for place, array in zip(order, work.computation.arrays, strict=True)
     )
-    task = Task(job, work.computation, sources, work.batch, output)
+    turn = identity or job
+    task = Task(job, turn, work.computation, sources, work.batch, output)
     return JobRequest(
         spec.job_id, settled, task, query.require_finite, tuple(identities)
     )

@@ -5,7 +5,7 @@ from dataclasses import asdict, fields
 from itertools import takewhile
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Connection, and_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from jacserve_server.jobs.records import ChunkRecord, JobRecord, NewJob
@@ -23,9 +23,9 @@ def runs(uid: str, server: str) -> ColumnElement[bool]:
     return and_(jobs.c.uid == uid, jobs.c.state == "running", jobs.c.owner == server)
 
 
-def has_id(job_id: str) -> ColumnElement[bool]:
-    """Is true of the job of an id that is not deleted."""
-    return and_(jobs.c.job_id == job_id, IS_TAKEN)
+def has_id(job_id: str, identity: str) -> ColumnElement[bool]:
+    """Is true of somebody's job of an id that is not deleted."""
+    return and_(jobs.c.identity == identity, jobs.c.job_id == job_id, IS_TAKEN)
 
 
 class JobRows:
@@ -63,12 +63,14 @@ class JobRows:
         condition: ColumnElement[bool],
         *,
         lock: Literal["wait", "skip"] | None = None,
+        first: Sequence[ColumnElement[Any]] = (),
     ) -> JobRecord | None:
         """Returns the oldest of the jobs of which something is true.
 
         Args:
             connection: In a transaction.
             condition: What is true.
+            first: What goes before age: those with the least of it.
             lock: Whether to keep other transactions from changing the job, and to wait
                 for one that does so already, or to skip the job. In SQLite, others do
                 not write meanwhile in any case.
@@ -79,7 +81,8 @@ class JobRows:
         query = select(*_JOB).where(self.is_here, condition)
         if lock is not None:
             query = query.with_for_update(skip_locked=lock == "skip")
-        row = connection.execute(query.order_by(*OLDEST_FIRST).limit(1)).one_or_none()
+        query = query.order_by(*first, *OLDEST_FIRST)
+        row = connection.execute(query.limit(1)).one_or_none()
         return None if row is None else JobRecord(*row)
 
     def all(
@@ -93,6 +96,17 @@ class JobRows:
         query = select(*_JOB).where(self.is_here, *conditions)
         found = connection.execute(query.order_by(*order).limit(newest))
         return [JobRecord(*row) for row in found]
+
+    def running_of_identity(self) -> ColumnElement[int]:
+        """Is, of a job, how many run of whoever has made it."""
+        others = jobs.alias()
+        is_so = and_(
+            others.c.folder == self._folder,
+            others.c.identity == jobs.c.identity,
+            others.c.state == "running",
+        )
+        query = select(func.count()).select_from(others).where(is_so)
+        return query.correlate(jobs).scalar_subquery()
 
     def owners(
         self, connection: Connection, condition: ColumnElement[bool]

@@ -38,6 +38,7 @@ jobs = Table(
     _metadata,
     Column("uid", String, primary_key=True),
     Column("folder", String, nullable=False),
+    Column("identity", String, nullable=False),
     Column("job_id", String, nullable=False),
     Column("state", String, nullable=False),
     Column("request", LargeBinary, nullable=False),
@@ -79,11 +80,12 @@ chunks = Table(
     Column("boot", String),
 )
 
-# An id is taken until its job is deleted.
+# An id is taken until its job is deleted; everybody has ids of their own.
 IS_TAKEN = not_(jobs.c.is_condemned)
 Index(
     "jacserve_job_ids",
     jobs.c.folder,
+    jobs.c.identity,
     jobs.c.job_id,
     unique=True,
     sqlite_where=IS_TAKEN,

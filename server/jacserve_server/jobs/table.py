@@ -7,10 +7,21 @@ thing that it does to it.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
-from sqlalchemy import ColumnElement, and_, delete, func, or_, select, tuple_, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    and_,
+    delete,
+    func,
+    or_,
+    select,
+    tuple_,
+    update,
+)
 
 from jacserve_server.jobs import schema
 from jacserve_server.jobs.database import Database, TableError
@@ -70,29 +81,42 @@ class JobTable:
         """Closes the connections."""
         self._database.close()
 
-    def create(self, new: NewJob) -> tuple[JobRecord, bool]:
+    def create(
+        self, new: NewJob, check: Callable[[int, int], None] | None = None
+    ) -> tuple[JobRecord, bool]:
         """Queues a job, if its id is free.
 
         Args:
             new: The job.
+            check: Told how many others are queued or running, of its identity and of
+                all; what it raises keeps the job out.
 
         Returns:
             The job of that id, which is another where it was taken; and whether it is
             the new one.
         """
-        is_it = or_(has_id(new.job_id), jobs.c.uid == new.uid)
+        is_it = or_(has_id(new.job_id, new.identity), jobs.c.uid == new.uid)
         while True:
             with self._database.writing() as connection:
                 self._rows.add(connection, new)
                 found = self._rows.one(connection, is_it)
+                # Not before: several may come at once.
+                if check and found is not None and found.uid == new.uid:
+                    own, all_ = self._unfinished(connection, new.identity)
+                    check(own - 1, all_ - 1)
             # Else the id was taken, and its job has been deleted since.
             if found is not None:
                 return found, found.uid == new.uid
 
-    def find(self, job_id: str) -> JobRecord | None:
-        """Returns the job of an id; None where there is none, or it is deleted."""
+    def find(self, job_id: str, identity: str = "") -> JobRecord | None:
+        """Returns somebody's job of an id; None where there is none.
+
+        Args:
+            job_id: The job.
+            identity: Who has made it.
+        """
         with self._database.reading() as connection:
-            return self._rows.one(connection, has_id(job_id))
+            return self._rows.one(connection, has_id(job_id, identity))
 
     def get(self, uid: str) -> JobRecord | None:
         """Returns a job by its uid; a deleted one, too, until it is purged."""
@@ -103,6 +127,7 @@ class JobTable:
         self,
         *,
         states: Collection[JobState] = (),
+        identity: str | None = None,
         before: tuple[float, str] | None = None,
         limit: int,
     ) -> list[JobRecord]:
@@ -110,6 +135,7 @@ class JobTable:
 
         Args:
             states: Only jobs in these; in any where there is none.
+            identity: Only jobs that it has made; None for all.
             before: Only jobs that come after this one in the list: its `created_at`
                 and `uid`.
             limit: The most jobs to return.
@@ -120,6 +146,8 @@ class JobTable:
         conditions = [IS_TAKEN]
         if states:
             conditions.append(jobs.c.state.in_(states))
+        if identity is not None:
+            conditions.append(jobs.c.identity == identity)
         if before is not None:
             conditions.append(tuple_(*OLDEST_FIRST) < before)
         with self._database.reading() as connection:
@@ -136,31 +164,54 @@ class JobTable:
             found = {row.state: row.number for row in connection.execute(query)}
         return {state: found.get(state, 0) for state in STATES}
 
-    def cancel(self, job_id: str) -> JobRecord | None:
+    def unfinished(self, identity: str) -> tuple[int, int]:
+        """Returns how many jobs are queued or running: of one identity, and of all."""
+        with self._database.reading() as connection:
+            return self._unfinished(connection, identity)
+
+    def _unfinished(self, connection: Connection, identity: str) -> tuple[int, int]:
+        query = (
+            select(jobs.c.identity, func.count().label("number"))
+            .where(self._rows.is_here, IS_TAKEN, jobs.c.state.not_in(FINAL))
+            .group_by(jobs.c.identity)
+        )
+        found = {row.identity: row.number for row in connection.execute(query)}
+        return found.get(identity, 0), sum(found.values())
+
+    def cancel(self, job_id: str, identity: str = "") -> JobRecord | None:
         """Stops a job, whoever runs it; does nothing to one that has ended.
 
         Args:
             job_id: The job.
+            identity: Who has made it.
 
         Returns:
             The job as it is then; None where there is none.
         """
-        is_it = has_id(job_id)
+        is_it = has_id(job_id, identity)
         with self._database.writing() as connection:
             self._rows.move(connection, "cancelled", is_it, error=None)
             return self._rows.one(connection, is_it)
 
-    def delete(self, job_id: str) -> str | None:
+    def delete(self, job_id: str, identity: str = "") -> str | None:
         """Frees a job's id at once, stops the job, and condemns it to be purged.
 
         Args:
             job_id: The job.
+            identity: Who has made it.
 
         Returns:
             Its uid; None where there is none.
         """
+        return self._delete(has_id(job_id, identity))
+
+    def forget(self, uid: str) -> None:
+        """Deletes a job by its uid; does nothing to one that is deleted."""
+        self._delete(and_(jobs.c.uid == uid, IS_TAKEN))
+
+    def _delete(self, condition: ColumnElement[bool]) -> str | None:
         with self._database.writing() as connection:
-            found = self._rows.one(connection, has_id(job_id), lock="wait")
+            found = self._rows.one(connection, condition, lock="wait")
             if found is None:
                 return None
             is_it = jobs.c.uid == found.uid
@@ -176,7 +227,9 @@ class JobTable:
         *,
         running: Collection[str],
     ) -> JobRecord | None:
-        """Takes the oldest job that may run, for a server to run it.
+        """Takes a job that may run, for a server to run it.
+
+        It is one of whoever has the fewest that run, and of these the oldest.
 
         That is a queued one that this server, a dead one or nobody has accepted, or a
         running one whose server is dead. Of two servers only one gets it. A server has
@@ -205,7 +258,12 @@ class JobTable:
         )
         with self._database.writing() as connection:
             # What is locked is being claimed, or cancelled.
-            found = self._rows.one(connection, may_run, lock="skip")
+            found = self._rows.one(
+                connection,
+                may_run,
+                lock="skip",
+                first=[self._rows.running_of_identity()],
+            )
             if found is None:
                 return None
             is_it = jobs.c.uid == found.uid
@@ -415,29 +473,31 @@ class JobTable:
                 connection.execute(delete(chunks).where(chunks.c.uid == uid))
 
     def expired(self, *, keep: int) -> list[str]:
-        """Returns the ids of the jobs that have been kept long enough.
+        """Returns the uids of the jobs that have been kept long enough.
 
         Args:
             keep: How many ended jobs are kept, the last to end.
 
         Returns:
-            Of the jobs that have ended, those whose time is up, and the oldest of
-            those that are too many; the oldest first.
+            Of the jobs that have ended, those whose time is up, and of those that are
+            too many the oldest of whoever has the most.
         """
         query = (
-            select(jobs.c.job_id, jobs.c.ended_at + jobs.c.ttl_s)
+            select(jobs.c.uid, jobs.c.identity, jobs.c.ended_at + jobs.c.ttl_s)
             .where(self._rows.is_here, IS_TAKEN, jobs.c.state.in_(FINAL))
             .order_by(jobs.c.ended_at, *OLDEST_FIRST)
         )
         with self._database.reading() as connection:
             ended = connection.execute(query).all()
         now = self._clock()
-        surplus = len(ended) - keep
-        return [
-            job_id
-            for position, (job_id, expires_at) in enumerate(ended)
-            if position < surplus or expires_at <= now
-        ]
+        over = [uid for uid, _, expires_at in ended if expires_at <= now]
+        kept: dict[str, deque[str]] = {}
+        for uid, identity, expires_at in ended:
+            if expires_at > now:
+                kept.setdefault(identity, deque()).append(uid)
+        surplus = len(ended) - len(over) - keep
+        # Else one could have the results of all others deleted.
+        return over + [max(kept.values(), key=len).popleft() for _ in range(surplus)]
 
     def _is_left(
         self,

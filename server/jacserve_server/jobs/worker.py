@@ -135,8 +135,8 @@ class JobWorker:
 
     async def _tidy(self) -> None:
         """Deletes the jobs that are over, and the files of all that are deleted."""
-        for job_id in await self._in_thread(self._expired):
-            await self._in_thread(self._table.delete, job_id)
+        for uid in await self._in_thread(self._expired):
+            await self._in_thread(self._table.forget, uid)
         condemned = await self._in_thread(
             self._table.condemned, self._presence.id, self._presence.is_alive
         )

@@ -22,7 +22,7 @@ def opened(tmp_path: Path) -> Results:
         "f@1", ("value",), (), None, "matrix", (InputSpec((3,), "float64", True),)
     )
     output = locate("data/store", roots, field="")
-    task = Task("job", computation, (x,), 10, output)
+    task = Task("job", "turn", computation, (x,), 10, output)
     leaf = Leaf("value", (), "float64", (3,), "", None)
     results.create(task, [leaf], 5, {})
     return Results(output, "job", is_writable=True)

@@ -16,6 +16,7 @@ from uuid import uuid4
 import pytest
 import sqlalchemy
 
+from jacserve_server.errors import ServiceError
 from jacserve_server.jobs.states import STATES, JobState, sources_of
 from jacserve_server.jobs.table import (
     ChunkRecord,
@@ -171,7 +172,8 @@ def test_a_new_job_is_queued(table: JobTable) -> None:
     job, is_new = table.create(new)
     assert is_new
     assert job == JobRecord(
-        uid=new.uid, job_id="j", state="queued", request=bytes(range(256)),
+        uid=new.uid, identity="", job_id="j", state="queued",
+        request=bytes(range(256)),
         digest="digest", function="f@1", point_count=2**40, batch_size=None,
         chunk_size=None, done_count=0, ready_count=0, non_finite_count=0,
         first_non_finite=None, points_per_s=0.0, execute_s=0.0, error=None, output="",
@@ -495,20 +497,93 @@ def test_a_deleted_job_is_purged_when_nobody_runs_it(table: JobTable) -> None:
 
 
 def test_ended_jobs_expire(table: JobTable, clock: Clock) -> None:
+    made: dict[str, str] = {}
     for number, ttl_s in enumerate((50.0, 10.0, 1000.0)):
         job = running(table, f"old-{number}", ttl_s=ttl_s)
+        made[job.job_id] = job.uid
         table.finish(job.uid, "a", "failed")
+
+    def uids(*job_ids: str) -> list[str]:
+        return [made[job_id] for job_id in job_ids]
+
     table.create(new_job("queued", ttl_s=0.0))
     assert table.expired(keep=9) == []
     clock.now = 30
-    assert table.expired(keep=9) == ["old-1"]
-    assert table.expired(keep=2) == ["old-0", "old-1"]
+    assert table.expired(keep=9) == uids("old-1")
+    assert table.expired(keep=1) == uids("old-1", "old-0")
     clock.now = 100
-    assert table.expired(keep=9) == ["old-0", "old-1"]
-    assert table.expired(keep=0) == ["old-0", "old-1", "old-2"]
-    for job_id in ("old-0", "old-1"):
-        table.delete(job_id)
+    assert table.expired(keep=9) == uids("old-0", "old-1")
+    assert table.expired(keep=0) == uids("old-0", "old-1", "old-2")
+    for uid in uids("old-0", "old-1"):
+        table.forget(uid)
+        table.forget(uid)
     assert table.expired(keep=1) == []
+    assert [job.job_id for job in table.jobs(limit=9)] == ["queued", "old-2"]
+
+
+def test_of_too_many_ended_jobs_those_of_whoever_has_most_go(table: JobTable) -> None:
+    ended: list[str] = []
+    for number, identity in enumerate("baaa"):
+        job = running(table, f"j{number}", identity=identity)
+        table.finish(job.uid, "a", "succeeded")
+        ended.append(job.uid)
+    assert table.expired(keep=2) == ended[1:3]
+
+
+def test_everybody_has_ids_of_their_own(table: JobTable) -> None:
+    mine, mine_is_new = table.create(new_job("j", identity="token:a"))
+    theirs, theirs_is_new = table.create(new_job("j", identity="token:b"))
+    assert mine_is_new
+    assert theirs_is_new
+    again, is_new = table.create(new_job("j", identity="token:a"))
+    assert (again.uid, is_new) == (mine.uid, False)
+    assert table.find("j", "token:a") == mine
+    assert table.find("j", "token:b") == theirs
+    assert table.find("j") is None
+    assert table.jobs(identity="token:a", limit=9) == [mine]
+    assert len(table.jobs(limit=9)) == 2
+    assert table.unfinished("token:a") == (1, 2)
+    assert table.cancel("j") is None
+    assert table.delete("j") is None
+    cancelled = table.cancel("j", "token:a")
+    assert cancelled is not None
+    assert cancelled.uid == mine.uid
+    assert table.delete("j", "token:a") == mine.uid
+    assert table.find("j", "token:b") == theirs
+
+
+def test_a_job_that_is_one_too_many_is_not_kept(table: JobTable) -> None:
+    told: list[tuple[int, int]] = []
+
+    def check(own: int, every: int) -> None:
+        told.append((own, every))
+        if own == 2:
+            raise ServiceError("TOO_MANY_JOBS", "too many")
+
+    for identity in ("token:a", "token:b", "token:a"):
+        new = new_job(f"j{len(told)}", identity=identity)
+        table.create(new, check)
+    assert told == [(0, 0), (0, 1), (1, 2)]
+    with pytest.raises(ServiceError, match="too many"):
+        table.create(new_job("more", identity="token:a"), check)
+    assert table.find("more", "token:a") is None
+    # What is there may be sent again.
+    _, is_new = table.create(new_job("j0", identity="token:a"), check)
+    assert not is_new
+    assert len(told) == 4
+
+
+def test_whoever_has_the_fewest_running_jobs_is_next(table: JobTable) -> None:
+    for number in range(3):
+        table.create(new_job(f"a{number}", identity="token:a"))
+    table.create(new_job("b0", identity="token:b"))
+    table.create(new_job("c0", identity="token:c"))
+    taken: list[str] = []
+    uids: set[str] = set()
+    while job := claim(table, running=uids):
+        uids.add(job.uid)
+        taken.append(job.job_id)
+    assert taken == ["a0", "b0", "c0", "a1", "a2"]
 
 
 def test_of_those_who_create_a_job_at_once_one_is_first(table: JobTable) -> None:

@@ -1,0 +1,153 @@
+"""TLS: the server's certificate, read again when it changes, and clients' if wanted."""
+
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import grpc
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+
+_log = logging.getLogger(__name__)
+
+_SOON = timedelta(days=7)
+
+
+class CertificateError(Exception):
+    """TLS can't be served with these files; the text has the remedy."""
+
+
+class Certificates:
+    """The files of a server's TLS, which it follows.
+
+    gRPC asks at every handshake, in threads of its own. Connections that are open keep
+    what they began with.
+    """
+
+    def __init__(self, certificate: Path, key: Path, client_ca: Path | None) -> None:
+        """Reads the files.
+
+        Args:
+            certificate: PEM file of the server's certificate, and of those between it
+                and a root.
+            key: PEM file of its key.
+            client_ca: PEM file of the authorities whose certificates clients must
+                have; None for none.
+
+        Raises:
+            CertificateError: A file can't be read, the key is of another certificate,
+                or that does not hold now.
+        """
+        self._certificate, self._key, self._client_ca = certificate, key, client_ca
+        self._lock = threading.Lock()
+        self._seen = self._signatures()
+        self._first = self._load()
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """Returns them for a port of gRPC."""
+        return grpc.dynamic_ssl_server_credentials(
+            self._first,
+            self._fetch,  # pyright: ignore[reportArgumentType]: it may return None
+            require_client_authentication=self._client_ca is not None,
+        )
+
+    def _fetch(self) -> grpc.ServerCertificateConfiguration | None:
+        """Returns what has changed since the last handshake; never raises."""
+        try:
+            with self._lock:
+                signatures = self._signatures()
+                if signatures == self._seen:
+                    return None
+                self._seen = signatures
+                loaded = self._load()
+        except CertificateError as error:
+            _log.error("%s The certificate read before it is used.", error)
+        except Exception:
+            _log.exception("certificates can't be read; those read before are used")
+        else:
+            _log.info("%s was read again", self._certificate)
+            return loaded
+        return None
+
+    def _signatures(self) -> Sequence[object]:
+        """Returns what changes whenever a file does."""
+        return [
+            _signature(path)
+            for path in (self._certificate, self._key, self._client_ca)
+            if path is not None
+        ]
+
+    def _load(self) -> grpc.ServerCertificateConfiguration:
+        chain, key = _read(self._certificate), _read(self._key)
+        _check_certificate(self._certificate, chain, self._key, key)
+        roots = None
+        if self._client_ca is not None:
+            roots = _read(self._client_ca)
+            _certificates(self._client_ca, roots)
+        return grpc.ssl_server_certificate_configuration([(key, chain)], roots)
+
+
+def _signature(path: Path) -> object:
+    try:
+        found = path.stat()
+    except OSError as error:
+        return str(error)
+    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        cause = error.strerror or type(error).__name__
+        raise CertificateError(f"{path} can't be read: {cause}.") from error
+
+
+def _certificates(path: Path, raw: bytes) -> list[x509.Certificate]:
+    try:
+        return x509.load_pem_x509_certificates(raw)
+    except ValueError as error:
+        raise CertificateError(
+            f"{path} has no certificate that can be read. Pass a PEM file, which has "
+            "BEGIN CERTIFICATE in it."
+        ) from error
+
+
+def _check_certificate(path: Path, chain: bytes, key_path: Path, key: bytes) -> None:
+    certificate = _certificates(path, chain)[0]
+    try:
+        public = serialization.load_pem_private_key(key, None).public_key()
+    # The texts of these may quote the file.
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise CertificateError(
+            f"{key_path} has no key that can be read. Pass a PEM file, which has BEGIN "
+            "PRIVATE KEY in it; one without a passphrase."
+        ) from None
+    if public != certificate.public_key():
+        raise CertificateError(
+            f"the key in {key_path} is not that of the first certificate in {path}. "
+            "Pass the two that belong together."
+        )
+    now = datetime.now(UTC)
+    start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if now >= end:
+        raise CertificateError(
+            f"the certificate in {path} expired at {end:%Y-%m-%d %H:%M} UTC. Renew it."
+        )
+    if now < start:
+        raise CertificateError(
+            f"the certificate in {path} holds from {start:%Y-%m-%d %H:%M} UTC on. See "
+            "that this machine's clock is right, or wait."
+        )
+    if end - now < _SOON:
+        _log.warning("the certificate in %s expires at %s", path, end.isoformat())
+    if os.name == "posix" and key_path.stat().st_mode & 0o004:
+        _log.warning(
+            "%s can be read by everybody on this machine. Run: chmod 600 %s",
+            key_path,
+            key_path,
+        )
