@@ -8,6 +8,7 @@ from jacserve.async_jobs import AsyncJob
 from jacserve.checking import Check
 from jacserve.client import Client
 from jacserve.errors import (
+    AccessError,
     CancelledError,
     CapacityError,
     DeadlineError,
@@ -36,6 +37,7 @@ from jacserve.sparse import Pattern, SparseMatrix
 from jacserve.vocabulary import JobState, Layout, Mode, ModeOption, Quantity
 
 __all__ = [
+    "AccessError",
     "ArgumentInfo",
     "AsyncClient",
     "AsyncJob",

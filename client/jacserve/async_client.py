@@ -12,21 +12,13 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-import grpc.aio
-
 from jacserve.async_jobs import AsyncJob, AsyncJobCalls
-from jacserve.channels import (
-    DEFAULT_TARGET,
-    EVALUATE,
-    EVALUATE_STREAM,
-    GET_SPARSITY,
-    channel_options,
-)
+from jacserve.channels import EVALUATE, EVALUATE_STREAM, GET_SPARSITY
 from jacserve.checking import Check, checks, named_arrays
+from jacserve.connection import ConnectOptions, connection
 from jacserve.errors import JacobianError, translated
 from jacserve.evaluation import (
     Answer,
@@ -71,19 +63,23 @@ class AsyncClient:
     """
 
     def __init__(
-        self, target: str = DEFAULT_TARGET, *, timeout_s: float | None = None
+        self,
+        target: str | Sequence[str] | None = None,
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[ConnectOptions],
     ) -> None:
-        """Prepares a connection; the first call makes it.
+        """Prepares a connection; the first call makes it. See `Client`.
 
         Args:
-            target: The server's address.
+            target: The server's address, or those of several.
             timeout_s: The timeout of calls that name none, in seconds.
+            **options: As for `Client`.
         """
-        self._target = target
+        self._connection = connection(target, options)
+        self._target = self._connection.name
         self._timeout_s = timeout_s
-        self._channel = grpc.aio.insecure_channel(
-            target, options=channel_options(target)
-        )
+        self._channel = self._connection.async_channel()
         self._stub = pb_grpc.JacobianServiceStub(self._channel)
         # Messages with tensors are read and written by jacserve itself.
         self._evaluate: Any = self._channel.unary_unary(EVALUATE)
@@ -93,7 +89,7 @@ class AsyncClient:
         )
         self._encoder = QueryEncoder()
         self._memory = Memory()
-        self._jobs = AsyncJobCalls(self._channel, target, timeout_s)
+        self._jobs = AsyncJobCalls(self._channel, self._target, timeout_s)
 
     async def __aenter__(self) -> Self:
         """Returns the client itself."""
@@ -200,9 +196,13 @@ class AsyncClient:
     ) -> Result:
         """Evaluates any set of quantities; see `Client.evaluate`."""
         ask = self._encoder.encode(function, inputs, quantities, options)
-        timeout_s = timeout_of(options.get("timeout_s"), self._timeout_s)
-        send = partial(self._send, timeout_s)
-        return await drive_async(evaluation(ask, self._memory), send)
+        steps = evaluation(
+            ask,
+            self._memory,
+            timeout_s=timeout_of(options.get("timeout_s"), self._timeout_s),
+            retries=self._connection.retries,
+        )
+        return await drive_async(steps, self._send)
 
     def map(
         self,
@@ -263,8 +263,10 @@ class AsyncClient:
         """Lists the jobs, the newest first; see `Client.jobs`."""
         return await self._jobs.list(states, timeout_s)
 
-    async def _send(self, timeout_s: float | None, step: Step) -> Answer:
-        ask = step.ask
+    async def _send(self, step: Step) -> Answer:
+        ask, timeout_s = step.ask, step.timeout_s
+        if step.delay_s:
+            await asyncio.sleep(step.delay_s)
         with translated(self._target):
             if not step.is_streamed:
                 return await self._evaluate(ask.to_bytes(), timeout=timeout_s)
