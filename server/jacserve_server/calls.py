@@ -51,7 +51,11 @@ class Observer(Protocol):
 
 
 class Boundary:
-    """Lets calls in, and turns whatever fails into their statuses."""
+    """Lets calls in, and turns whatever fails into their statuses.
+
+    Attributes:
+        streams: How many calls are open that have any number of answers.
+    """
 
     def __init__(self, gate: Gate, observer: Observer) -> None:
         """Keeps its collaborators.
@@ -60,6 +64,7 @@ class Boundary:
             gate: Lets callers in.
             observer: Hears of what became of each call.
         """
+        self.streams = 0
         self._gate = gate
         self._observer = observer
 
@@ -111,6 +116,7 @@ class Boundary:
             The answers.
         """
         call: Call | None = None
+        self.streams += 1
         try:
             call = self._gate.admit(method, context)
             async with aclosing(answering(call)) as answers:
@@ -123,6 +129,8 @@ class Boundary:
             self._fail(context, call, method, error)
         else:
             self._observer.ended(call, method, None)
+        finally:
+            self.streams -= 1
 
     def _fail(
         self, context: Any, call: Call | None, method: str, error: Exception

@@ -169,7 +169,21 @@ class JacobianService:
         )
 
     async def _get(self, request: pb.GetFunctionRequest, call: Call) -> pb.Function:
-        return self._encoded(self._catalog.find(request.name).spec)
+        return self.describe(request.name)
+
+    def describe(self, name: str) -> pb.Function:
+        """Describes a function.
+
+        Args:
+            name: Its name, perhaps with a version.
+
+        Returns:
+            The description.
+
+        Raises:
+            ServiceError: There is none.
+        """
+        return self._encoded(self._catalog.find(name).spec)
 
     def _encoded(self, spec: FunctionSpec) -> pb.Function:
         return encode_function(spec, self._measured(spec.qualified_name))
