@@ -21,17 +21,19 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from jacserve.v1 import jacobian_pb2 as pb, jobs_pb2
-from jacserve_server import compile_cache, job_service, xla_threads
+from jacserve.v1 import admin_pb2, jacobian_pb2 as pb, jobs_pb2
+from jacserve_server import admin_service, compile_cache, job_service, xla_threads
 from jacserve_server.access import OpenGate
+from jacserve_server.admin_service import AdminService
 from jacserve_server.batches import bucket_for
-from jacserve_server.callers import Call
-from jacserve_server.calls import Boundary, Failure
+from jacserve_server.calls import Boundary
 from jacserve_server.catalog import Catalog, RegisteredFunction
 from jacserve_server.config import Config
 from jacserve_server.errors import ServiceError
 from jacserve_server.job_service import JobService
 from jacserve_server.machine import Machine, build_machine
+from jacserve_server.observation import CallObserver
+from jacserve_server.overview import Overview
 from jacserve_server.registration import build_catalog
 from jacserve_server.registry import Registry, WarmUp
 from jacserve_server.service import JacobianService, add_to_server
@@ -45,6 +47,7 @@ _log = logging.getLogger(__name__)
 _SERVICES = (
     pb.DESCRIPTOR.services_by_name["JacobianService"].full_name,
     jobs_pb2.DESCRIPTOR.services_by_name["JobService"].full_name,
+    admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
 )
 # The largest message received; larger queries come in parts. It is gRPC's default.
 _MESSAGE_BYTES = 4 * 2**20
@@ -56,11 +59,6 @@ class AddressError(Exception):
 
 class WarmUpError(Exception):
     """A function can't be made ready; the text says why."""
-
-
-class _Unobserved:
-    def ended(self, call: Call | None, method: str, failure: Failure | None) -> None:
-        pass
 
 
 class Server:
@@ -79,6 +77,7 @@ class Server:
         self._config = config
         machine = build_machine(catalog, config)
         self._executor, self._scheduler = machine.executor, machine.scheduler
+        self._is_serving = False
         self._warming: asyncio.Task[None] | None = None
         self._resuming: asyncio.Task[None] | None = None
         self._warm_ups = [
@@ -100,7 +99,7 @@ class Server:
                 ("grpc.http.overload_protection", 0),
             ]
         )
-        boundary = Boundary(OpenGate(), _Unobserved())
+        boundary = Boundary(OpenGate(), CallObserver(self._scheduler.tallies))
         self._service = JacobianService(
             catalog,
             self._scheduler,
@@ -109,7 +108,15 @@ class Server:
             boundary,
         )
         self._jobs = JobService(partial(_open_desk, catalog, machine, config), boundary)
+        self._overview = Overview(
+            machine,
+            is_serving=lambda: self._is_serving,
+            streams=lambda: boundary.streams,
+            jobs=self._jobs.counts,
+        )
+        admin = AdminService(self._overview, self._service.describe, boundary)
         add_to_server(self._service, self._server, boundary)
+        admin_service.add_to_server(admin, self._server, boundary)
         job_service.add_to_server(self._jobs, self._server, boundary)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
@@ -148,6 +155,7 @@ class Server:
             self._executor.close()
             raise
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._is_serving = True
         self._warming = asyncio.create_task(self._warm_up_further())
         self._resuming = asyncio.create_task(self._resume_jobs())
         return f"{address}:{bound}"
@@ -211,6 +219,7 @@ class Server:
         for task in (self._warming, self._resuming):
             if task is not None:
                 task.cancel()
+        self._is_serving = False
         await self._health.enter_graceful_shutdown()
         try:
             async with asyncio.timeout(self._config.grace_s):
