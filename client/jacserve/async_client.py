@@ -46,8 +46,14 @@ from jacserve.queries import (
     timeout_of,
 )
 from jacserve.results import Result
+from jacserve.server_status import ServerStatus, decode_status
 from jacserve.tensors import Array
-from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
+from jacserve.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    jacobian_pb2 as pb,
+    jacobian_pb2_grpc as pb_grpc,
+)
 from jacserve.vocabulary import JobState, Quantity
 
 
@@ -81,6 +87,7 @@ class AsyncClient:
         self._timeout_s = timeout_s
         self._channel = self._connection.async_channel()
         self._stub = pb_grpc.JacobianServiceStub(self._channel)
+        self._admin = admin_pb2_grpc.AdminServiceStub(self._channel)
         # Messages with tensors are read and written by jacserve itself.
         self._evaluate: Any = self._channel.unary_unary(EVALUATE)
         self._evaluate_stream: Any = self._channel.stream_stream(EVALUATE_STREAM)
@@ -129,6 +136,26 @@ class AsyncClient:
         request = pb.GetFunctionRequest(name=function)
         with translated(self._target):
             found = await self._stub.GetFunction(
+                request, timeout=timeout_of(timeout_s, self._timeout_s)
+            )
+        return decode_function(found)
+
+    async def status(self, *, timeout_s: float | None = None) -> ServerStatus:
+        """Tells how the server is; see `Client.status`."""
+        with translated(self._target):
+            found = await self._admin.GetStatus(
+                admin_pb2.GetStatusRequest(),
+                timeout=timeout_of(timeout_s, self._timeout_s),
+            )
+        return decode_status(found)
+
+    async def release(
+        self, function: str, *, timeout_s: float | None = None
+    ) -> FunctionInfo:
+        """Has a function run again that is in quarantine; see `Client.release`."""
+        request = admin_pb2.ReleaseFunctionRequest(name=function)
+        with translated(self._target):
+            found = await self._admin.ReleaseFunction(
                 request, timeout=timeout_of(timeout_s, self._timeout_s)
             )
         return decode_function(found)
@@ -250,18 +277,21 @@ class AsyncClient:
         )
         return await self._jobs.submit(request, timeout_s)
 
-    async def job(self, id: str, *, timeout_s: float | None = None) -> AsyncJob:
-        """Finds a job, whoever has submitted it; see `Client.job`."""
-        return await self._jobs.find(id, timeout_s)
+    async def job(
+        self, id: str, *, owner: str = "", timeout_s: float | None = None
+    ) -> AsyncJob:
+        """Finds a job, wherever it was submitted from; see `Client.job`."""
+        return await self._jobs.find(id, owner, timeout_s)
 
     async def jobs(
         self,
         states: JobState | Sequence[JobState] = (),
         *,
+        owner: str = "",
         timeout_s: float | None = None,
     ) -> list[JobInfo]:
-        """Lists the jobs, the newest first; see `Client.jobs`."""
-        return await self._jobs.list(states, timeout_s)
+        """Lists the caller's jobs, the newest first; see `Client.jobs`."""
+        return await self._jobs.list(states, owner, timeout_s)
 
     async def _send(self, step: Step) -> Answer:
         ask, timeout_s = step.ask, step.timeout_s

@@ -42,7 +42,8 @@ def _service_config(*, is_balanced: bool) -> str:
         "initialBackoff": "0.1s",
         "maxBackoff": "1s",
         "backoffMultiplier": 2,
-        "retryableStatusCodes": ["UNAVAILABLE"],
+        # A server that goes away also cancels calls that it has not begun with.
+        "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
     }
     config: dict[str, Any] = {
         "methodConfig": [{"name": repeated, "retryPolicy": retries}]

@@ -44,8 +44,14 @@ from jacserve.queries import (
     timeout_of,
 )
 from jacserve.results import Result
+from jacserve.server_status import ServerStatus, decode_status
 from jacserve.session import Session
-from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
+from jacserve.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    jacobian_pb2 as pb,
+    jacobian_pb2_grpc as pb_grpc,
+)
 from jacserve.vocabulary import JobState, Quantity
 
 
@@ -104,6 +110,7 @@ class Client(Evaluator):
         self._timeout_s = timeout_s
         self._channel = self._connection.channel()
         self._stub = pb_grpc.JacobianServiceStub(self._channel)
+        self._admin = admin_pb2_grpc.AdminServiceStub(self._channel)
         # Messages with tensors are read and written by jacserve itself.
         self._evaluate: Any = self._channel.unary_unary(EVALUATE)
         self._evaluate_stream: Any = self._channel.stream_stream(EVALUATE_STREAM)
@@ -173,6 +180,50 @@ class Client(Evaluator):
         request = pb.GetFunctionRequest(name=function)
         with translated(self._target):
             found = self._stub.GetFunction(
+                request, timeout=timeout_of(timeout_s, self._timeout_s)
+            )
+        return decode_function(found)
+
+    def status(self, *, timeout_s: float | None = None) -> ServerStatus:
+        """Tells how the server is, for whoever runs it.
+
+        Needs the scope "admin" where there are tokens. Of several targets one answers.
+
+        Args:
+            timeout_s: Seconds for the call.
+
+        Returns:
+            Its devices, load, programs, functions, jobs and workers.
+
+        Raises:
+            AccessError: Who calls may not.
+        """
+        with translated(self._target):
+            found = self._admin.GetStatus(
+                admin_pb2.GetStatusRequest(),
+                timeout=timeout_of(timeout_s, self._timeout_s),
+            )
+        return decode_status(found)
+
+    def release(self, function: str, *, timeout_s: float | None = None) -> FunctionInfo:
+        """Has a function run again that is in quarantine.
+
+        Does nothing to any other. Needs the scope "admin" where there are tokens.
+
+        Args:
+            function: Its name; with a version, or without for the newest.
+            timeout_s: Seconds for the call.
+
+        Returns:
+            Its description.
+
+        Raises:
+            NotFoundError: No function has that name and version.
+            AccessError: Who calls may not.
+        """
+        request = admin_pb2.ReleaseFunctionRequest(name=function)
+        with translated(self._target):
+            found = self._admin.ReleaseFunction(
                 request, timeout=timeout_of(timeout_s, self._timeout_s)
             )
         return decode_function(found)
@@ -416,37 +467,42 @@ class Client(Evaluator):
         )
         return self._jobs.submit(request, timeout_s)
 
-    def job(self, id: str, *, timeout_s: float | None = None) -> Job:
-        """Finds a job, whoever has submitted it.
+    def job(self, id: str, *, owner: str = "", timeout_s: float | None = None) -> Job:
+        """Finds a job, wherever it was submitted from.
 
         Args:
             id: Its id.
+            owner: Whose it is, as `JobInfo.owner` says, where it is not the caller's
+                own; for administrators.
             timeout_s: Seconds for the call.
 
         Returns:
             The job.
 
         Raises:
-            NotFoundError: No job has that id.
+            NotFoundError: No job has that id, or not that owner.
         """
-        return self._jobs.find(id, timeout_s)
+        return self._jobs.find(id, owner, timeout_s)
 
     def jobs(
         self,
         states: JobState | Sequence[JobState] = (),
         *,
+        owner: str = "",
         timeout_s: float | None = None,
     ) -> list[JobInfo]:
-        """Lists the jobs, the newest first.
+        """Lists the caller's jobs, the newest first.
 
         Args:
             states: Only those in these states; all by default.
+            owner: Whose, as `JobInfo.owner` says; "-" for everybody's; for
+                administrators.
             timeout_s: Seconds for each page of the list.
 
         Returns:
             What the server says of each.
         """
-        return self._jobs.list(states, timeout_s)
+        return self._jobs.list(states, owner, timeout_s)
 
     def _evaluation(
         self, ask: Ask, options: EvaluateOptions

@@ -127,6 +127,11 @@ class Server:
     targets: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
+    def client(self) -> Client:
+        """Returns a client of it; raises as `connection` does."""
+        options = cast("ConnectOptions", self.options)
+        return Client(self.targets or None, **options)
+
     def connection(self) -> Connection:
         """Finds out where to connect to, and how; raises as `connection` does."""
         return connection(self.targets or None, cast("ConnectOptions", self.options))
@@ -273,10 +278,19 @@ def connected(server: Server) -> Generator[Client]:
     Raises:
         typer.Exit: Something failed, and was said.
     """
+    with plainly(), server.client() as client:
+        yield client
+
+
+@contextmanager
+def plainly() -> Generator[None]:
+    """Ends the program with a plain message when a call fails.
+
+    Raises:
+        typer.Exit: Something failed, and was said.
+    """
     try:
-        options = cast("ConnectOptions", server.options)
-        with Client(server.targets or None, **options) as client:
-            yield client
+        yield
     # An ImportError says what to install for what was asked.
     except (
         *(JacobianError, ArrayTextError, BenchError, PictureError, ImportError),

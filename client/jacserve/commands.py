@@ -39,6 +39,7 @@ from jacserve.jobs_command import jobs
 from jacserve.queries import EvaluateOptions
 from jacserve.results import Result
 from jacserve.tensors import format_shape
+from jacserve.top_command import release, top
 from jacserve.vocabulary import Quantity
 
 app = typer.Typer(
@@ -295,4 +296,6 @@ def _print_result(result: Result, console: Console) -> None:
 
 
 app.command()(bench)
+app.command()(top)
+app.command()(release)
 app.add_typer(jobs, name="jobs")

@@ -74,6 +74,7 @@ class Connection:
 
     Attributes:
         name: The targets, for messages.
+        targets: Each of them.
         uri: The target in gRPC's notation.
         options: Of the channel.
         retries: How often an evaluation may be sent again.
@@ -82,6 +83,7 @@ class Connection:
     """
 
     name: str
+    targets: tuple[str, ...]
     uri: str
     options: tuple[tuple[str, Any], ...] = field(repr=False)
     retries: int
@@ -203,6 +205,7 @@ def connection(
     retries = options.get("retries")
     return Connection(
         name=", ".join(targets),
+        targets=tuple(targets),
         uri=targets[0] if len(targets) == 1 else _addresses(targets),
         options=tuple(
             channel_options(

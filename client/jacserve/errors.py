@@ -183,7 +183,19 @@ def from_rpc_error(error: grpc.Call, target: str) -> JacobianError:
             except DecodeError:
                 status.Clear()
     status.message = error.details() or ""
-    return _from_status(error.code().name, status, target)
+    code = error.code().name
+    if code == "CANCELLED" and not status.details and not _is_local(status.message):
+        return UnavailableError(
+            f"{target} dropped the call ({status.message or code}), as a server does "
+            "that goes away. Try again.",
+            code=code,
+        )
+    return _from_status(code, status, target)
+
+
+def _is_local(message: str) -> bool:
+    """Whether a call was cancelled on this side, by the words that gRPC has for it."""
+    return message.startswith(("Locally cancelled", "Channel closed"))
 
 
 def from_status(status: status_pb2.Status, target: str) -> JacobianError:

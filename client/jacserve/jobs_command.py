@@ -42,6 +42,13 @@ _CANCELLED = 3
 _SECONDS = {"": 1, "s": 1, "min": 60, "h": 3600, "d": 86400}
 
 Id = Annotated[str, typer.Argument(help="The job's id.")]
+Owner = Annotated[
+    str,
+    typer.Option(
+        help="Whose job, such as token:alice; for administrators.",
+        show_default="one's own",
+    ),
+]
 
 jobs = typer.Typer(
     help="Batch jobs: queries about millions of points.", no_args_is_help=True
@@ -227,6 +234,16 @@ def list_jobs(
             show_default="all",
         ),
     ] = None,
+    owner: Annotated[
+        str,
+        typer.Option(
+            help="Whose jobs, such as token:alice; for administrators.",
+            show_default="one's own",
+        ),
+    ] = "",
+    everybodys: Annotated[
+        bool, typer.Option("--all", help="Everybody's jobs; for administrators.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     timeout: Timeout = None,
 ) -> None:
@@ -237,7 +254,8 @@ def list_jobs(
     with connected(server) as client:
         # A word that does not exist is refused with the list of those that do.
         asked = typing.cast("list[JobState]", states or [])
-        found = client.jobs(asked, timeout_s=timeout)
+        whose = "-" if everybodys else owner
+        found = client.jobs(asked, owner=whose, timeout_s=timeout)
     if as_json:
         print(json.dumps(list(map(job_report.as_json, found)), indent=2))
     else:
@@ -246,26 +264,28 @@ def list_jobs(
 
 @jobs.command()
 @calls_server
-def watch(server: Server, id: Id, timeout: Timeout = None) -> None:
+def watch(server: Server, id: Id, owner: Owner = "", timeout: Timeout = None) -> None:
     """Show how far a job is, until it ends. Ctrl-C leaves it running.
 
     Ends with status 0 when the job has succeeded, 1 when it has failed and 3 when it
     was cancelled. Example: jacserve jobs watch night-1
     """
     with connected(server) as client:
-        job = client.job(id, timeout_s=timeout)
+        job = client.job(id, owner=owner, timeout_s=timeout)
         _exit_with(_watched(job, server, sys.stdout))
 
 
 @jobs.command()
 @calls_server
-def cancel(server: Server, id: Id, timeout: Timeout = None) -> None:
+def cancel(server: Server, id: Id, owner: Owner = "", timeout: Timeout = None) -> None:
     """Stop a job. What is computed can be fetched with --ready.
 
     Example: jacserve jobs cancel night-1
     """
     with connected(server) as client:
-        print(job_report.one_line(client.job(id, timeout_s=timeout).cancel()))
+        print(
+            job_report.one_line(client.job(id, owner=owner, timeout_s=timeout).cancel())
+        )
 
 
 @jobs.command()
@@ -299,6 +319,7 @@ def fetch(
             "not computed.",
         ),
     ] = False,
+    owner: Owner = "",
     timeout: Timeout = None,
 ) -> None:
     """Write the results of a job to a file; wait for the job if need be.
@@ -307,7 +328,7 @@ def fetch(
     """
     with connected(server) as client:
         job_files.check_path(output)  # Before the minutes that it would waste.
-        job = client.job(id, timeout_s=timeout)
+        job = client.job(id, owner=owner, timeout_s=timeout)
         if not ready and not job.done():
             ended = _watched(job, server, sys.stderr)
             if ended.state != "succeeded":
@@ -339,13 +360,13 @@ def fetch(
 
 @jobs.command()
 @calls_server
-def delete(server: Server, id: Id, timeout: Timeout = None) -> None:
+def delete(server: Server, id: Id, owner: Owner = "", timeout: Timeout = None) -> None:
     """Stop a job and delete it, with its points and its results.
 
     Example: jacserve jobs delete night-1
     """
     with connected(server) as client:
-        client.job(id, timeout_s=timeout).delete()
+        client.job(id, owner=owner, timeout_s=timeout).delete()
     print(f"{id} is deleted.")
 
 
