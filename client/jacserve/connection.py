@@ -24,8 +24,8 @@ from jacserve.errors import UnavailableError
 DEFAULT_TARGET = "localhost:50051"
 
 _log = logging.getLogger(__name__)
-# Targets in gRPC's own notation. A host may have such a name, too: "dns:50051".
-_SCHEME = re.compile(r"(dns|ipv4|ipv6|unix|unix-abstract|vsock|xds):(?!\d+$)")
+# Targets in gRPC's own notation.
+_SCHEME = re.compile(r"(dns|ipv4|ipv6|unix|unix-abstract|vsock|xds):")
 _TOKEN = re.compile(r"[\x21-\x7e]{1,4096}")
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off", ""}
 
