@@ -60,6 +60,20 @@ def serve(
         typer.Option(help="TCP port; 0 takes a free one.", show_default="50051"),
     ] = None,
     device: DeviceName = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            help="TCP port for Prometheus; 0 takes a free one.", show_default="none"
+        ),
+    ] = None,
+    open_telemetry: Annotated[
+        bool | None,
+        typer.Option(
+            "--open-telemetry",
+            help="Send spans, as the OTEL_ environment has it.",
+            show_default="no",
+        ),
+    ] = None,
     config: ConfigFile = None,
 ) -> None:
     """Serve the functions of files and modules, until SIGTERM or Ctrl-C.
@@ -80,7 +94,14 @@ def serve(
             run,
             serve_until_signal,
         )
-    settings = _settings(config, host=host, port=port, device=device)
+    settings = _settings(
+        config,
+        host=host,
+        port=port,
+        device=device,
+        metrics_port=metrics_port,
+        open_telemetry=open_telemetry,
+    )
     _set_allocator(settings)
     for name in os.environ:
         setting = name.removeprefix("JACSERVE_").lower()

@@ -5,9 +5,10 @@ import logging
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Protocol
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -24,8 +25,46 @@ _PATIENCE_S = 1.0
 _log = logging.getLogger(__name__)
 
 
+class Worker(Protocol):
+    """How a process is that isolated functions run in."""
+
+    @property
+    def device(self) -> str:
+        """The device that it computes on."""
+        ...
+
+    @property
+    def process_id(self) -> int:
+        """Its process; 0 while it is started anew."""
+        ...
+
+    @property
+    def start_count(self) -> int:
+        """How often it was started."""
+        ...
+
+    @property
+    def last_failure(self) -> str:
+        """Why it last ended; "" if it never did."""
+        ...
+
+    @property
+    def resident_bytes(self) -> int:
+        """Its memory; 0 where that can't be told."""
+        ...
+
+    @property
+    def restarts(self) -> Mapping[str, int]:
+        """How often it was started anew, by cause."""
+        ...
+
+
 class Overview:
-    """Tells how a server is. Used from its event loop."""
+    """Tells how a server is. Used from its event loop.
+
+    Attributes:
+        workers: Tells how the processes are that isolated functions run in.
+    """
 
     def __init__(
         self,
@@ -34,6 +73,8 @@ class Overview:
         is_serving: Callable[[], bool],
         streams: Callable[[], int],
         jobs: Callable[[], Awaitable[Mapping[str, int]]],
+        workers: Callable[[], Sequence[Worker]] = tuple,
+        quarantined: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
         """Keeps where to look.
 
@@ -42,11 +83,16 @@ class Overview:
             is_serving: Tells whether health says SERVING.
             streams: Tells how many streams are open.
             jobs: Counts jobs by state; may raise ServiceError.
+            workers: Tells how the processes are that isolated functions run in.
+            quarantined: Tells why functions are not run any more, by name and
+                version.
         """
+        self.workers = workers
         self._machine = machine
         self._is_serving = is_serving
         self._streams = streams
         self._jobs = jobs
+        self._quarantined = quarantined
         self._start_ns = time.time_ns()
         self._version = version("jacserve")
 
@@ -96,7 +142,7 @@ class Overview:
                 compile_seconds=programs.compile_s,
             ),
             jobs=jobs,
-            functions=_functions(self.tallies),
+            functions=_functions(self.tallies, self._quarantined()),
             identities=[
                 pb.IdentityStatus(
                     identity=client,
@@ -104,6 +150,16 @@ class Overview:
                     size_bytes=share.size_bytes,
                 )
                 for client, share in load.shares.items()
+            ],
+            workers=[
+                pb.WorkerStatus(
+                    device=worker.device,
+                    process_id=worker.process_id,
+                    start_count=worker.start_count,
+                    last_failure=worker.last_failure,
+                    resident_bytes=worker.resident_bytes,
+                )
+                for worker in self.workers()
             ],
             calls=_calls(self.tallies),
             resident_bytes=resident_bytes(),
@@ -125,7 +181,9 @@ def _calls(tallies: Tallies) -> Mapping[str, int]:
     return codes
 
 
-def _functions(tallies: Tallies) -> list[pb.FunctionStatus]:
+def _functions(
+    tallies: Tallies, quarantined: Mapping[str, str]
+) -> list[pb.FunctionStatus]:
     found: dict[str, pb.FunctionStatus] = {}
 
     def status(function: str) -> pb.FunctionStatus:
@@ -140,6 +198,8 @@ def _functions(tallies: Tallies) -> list[pb.FunctionStatus]:
     for function, computed in tallies.computed.items():
         status(function).point_count = computed.points
         status(function).execute_seconds = computed.device_s
+    for function, reason in quarantined.items():
+        status(function).quarantine_reason = reason
     seconds: defaultdict[str, list[Histogram]] = defaultdict(list)
     for (method, function), histogram in tallies.seconds.items():
         if function in found and method in QUERY_METHODS:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -40,6 +40,9 @@ from jacserve_server.service import JacobianService, add_to_server
 from jacserve_server.signature import FunctionSpec
 from jacserve_server.warmup import first_work, further_work, single_point
 from jacserve_server.work import Work
+
+if TYPE_CHECKING:
+    from jacserve_server.metrics import MetricsPort
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -78,6 +81,7 @@ class Server:
         machine = build_machine(catalog, config)
         self._executor, self._scheduler = machine.executor, machine.scheduler
         self._is_serving = False
+        self._metrics: MetricsPort | None = None
         self._warming: asyncio.Task[None] | None = None
         self._resuming: asyncio.Task[None] | None = None
         self._warm_ups = [
@@ -146,12 +150,14 @@ class Server:
             ) from error
         # Before it can be asked: by itself it would say SERVING.
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        await self._server.start()
         try:
+            self._metrics = await self._open_metrics()
+            await self._server.start()
             for function, warm_up in self._warm_ups:
                 await self._warm_up(function.spec, first_work(function.spec, warm_up))
         except BaseException:  # It was cancelled, or can't be made ready.
             await self._server.stop(None)
+            await self._close_metrics()
             self._executor.close()
             raise
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
@@ -159,6 +165,33 @@ class Server:
         self._warming = asyncio.create_task(self._warm_up_further())
         self._resuming = asyncio.create_task(self._resume_jobs())
         return f"{address}:{bound}"
+
+    @property
+    def metrics_url(self) -> str:
+        """Where Prometheus is answered; "" where it is not."""
+        return "" if self._metrics is None else self._metrics.url
+
+    async def _open_metrics(self) -> "MetricsPort | None":
+        host, port = self._config.metrics_host.strip("[]"), self._config.metrics_port
+        if port is None:
+            return None
+        from jacserve_server.metrics import MetricsPort
+
+        loop = asyncio.get_running_loop()
+        try:
+            opened = MetricsPort(self._overview, loop, host=host, port=port)
+        except OSError as error:
+            raise AddressError(
+                f"can't answer Prometheus on {host}:{port}: "
+                f"{error.strerror or error}. Pass another --metrics-port, or 0 for a "
+                "free one; metrics_host takes an address of this machine."
+            ) from error
+        _log.info("metrics are on %s", opened.url)
+        return opened
+
+    async def _close_metrics(self) -> None:
+        if self._metrics is not None:
+            await asyncio.to_thread(self._metrics.close)
 
     async def _set_health(self, status: Any) -> None:
         for name in ("", *_SERVICES):
@@ -233,6 +266,7 @@ class Server:
         await self._server.stop(grace=max(deadline - time.monotonic(), 0.1))
         await self._jobs.close()
         self._executor.close()
+        await self._close_metrics()
         return is_drained
 
 
@@ -337,9 +371,11 @@ class RunningServer:
 
     Attributes:
         target: The address to call.
+        metrics_url: Where Prometheus is answered; "" where it is not.
     """
 
     target: str
+    metrics_url: str = ""
 
 
 @contextmanager
@@ -377,7 +413,7 @@ def serving(*registries: Registry, **settings: Any) -> Generator[RunningServer]:
 
 
 def _served(catalog: Catalog, config: Config) -> Generator[RunningServer]:
-    started: Future[str] = Future()
+    started: Future[RunningServer] = Future()
     stop: Future[None] = Future()
     thread = threading.Thread(
         target=run,
@@ -386,14 +422,17 @@ def _served(catalog: Catalog, config: Config) -> Generator[RunningServer]:
     )
     thread.start()
     try:
-        yield RunningServer(started.result())
+        yield started.result()
     finally:
         stop.set_result(None)
         thread.join()
 
 
 async def _serve_until_told(
-    catalog: Catalog, config: Config, started: Future[str], stop: Future[None]
+    catalog: Catalog,
+    config: Config,
+    started: Future[RunningServer],
+    stop: Future[None],
 ) -> None:
     try:
         server = Server(catalog, config)
@@ -401,6 +440,6 @@ async def _serve_until_told(
     except BaseException as error:
         started.set_exception(error)
         return
-    started.set_result(target)
+    started.set_result(RunningServer(target, server.metrics_url))
     await asyncio.wrap_future(stop)
     await server.stop()
