@@ -73,14 +73,13 @@ def channel_options(
         ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
         ("grpc.service_config", _service_config(is_balanced=is_balanced)),
         # Sooner than gRPC would try again by itself: whoever follows a job waits for a
-        # server that is started anew, and of several servers the next goes away when
-        # the last one is back.
-        ("grpc.max_reconnect_backoff_ms", 1_000 if is_balanced else 5_000),
+        # server that is started anew, and of several servers the next may go away as
+        # soon as the last one is back.
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 1_000),
         # A proxy of the environment can't reach this machine's own loopback.
         ("grpc.enable_http_proxy", 0 if is_loopback else 1),
     ]
-    if is_balanced:
-        options.append(("grpc.initial_reconnect_backoff_ms", 200))
     if authority is not None:
         options.append(("grpc.default_authority", authority))
     return options

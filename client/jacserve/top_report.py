@@ -374,6 +374,8 @@ def as_json(view: View) -> dict[str, Any]:
         return found
     found["error"] = None
     found |= asdict(status)
+    for name in ("devices", "functions", "identities", "workers"):
+        found[name] = list(found[name])
     found["start_time"] = status.start_time.astimezone(UTC).isoformat()
     found["calls_per_s"] = before and view.rate(status.call_count, before.call_count)
     found["errors_per_s"] = before and view.rate(status.error_count, before.error_count)

@@ -172,7 +172,8 @@ def test_where_a_token_comes_from(
 def test_a_token_that_can_be_no_header(tmp_path: Path, token: str) -> None:
     file = tmp_path / "file"
     file.write_text(f"secret {token}")
-    for options in ({"token": token}, {"token_file": file}):
+    both: list[ConnectOptions] = [{"token": token}, {"token_file": file}]
+    for options in both:
         with pytest.raises(ValueError, match="can't go into a header") as caught:
             connection(None, options, {})
         assert "cret" not in str(caught.value)
@@ -195,7 +196,7 @@ def test_a_token_does_not_go_out_in_the_clear(target) -> None:
         with pytest.raises(ValueError, match="without TLS") as caught:
             connection(target, {"token": TOKEN}, environment)
         assert TOKEN not in str(caught.value)
-    options = {"token": TOKEN, "plaintext_token": True}
+    options: ConnectOptions = {"token": TOKEN, "plaintext_token": True}
     assert connection(target, options, {}).metadata
     assert connection("gpu:1", {"token": TOKEN, "tls": True}, {}).metadata
     environment = {"JACSERVE_PLAINTEXT_TOKEN": "1"}
@@ -276,7 +277,7 @@ def test_what_tls_fails_of_is_said(
         (secure, {}, "whether it takes TLS"),
     ]
     for target, options, says in failing:
-        with jacserve.Client(target, retries=0, **options) as client:
+        with jacserve.Client(target, **options) as client:
             with pytest.raises(jacserve.UnavailableError, match=says):
                 client.jacobian("polar", X)
 
@@ -285,12 +286,13 @@ def test_mutual_tls(server: RunningServer, authority: trustme.CA, pem: bytes) ->
     clients = trustme.CA()
     issued = clients.issue_cert("alice@example.org")
     own: ConnectOptions = {
+        "ca": pem,
         "certificate": b"".join(blob.bytes() for blob in issued.cert_chain_pems),
         "key": issued.private_key_pem.bytes(),
     }
     made = credentials(authority, "127.0.0.1", clients=clients)
     with between(server.target, made) as (_, target):
-        with jacserve.Client(target, ca=pem, **own) as client:
+        with jacserve.Client(target, **own) as client:
             check(client.jacobian("polar", X))
             assert "PRIVATE" not in repr(vars(client))
         with jacserve.Client(target, ca=pem, retries=0) as client:
