@@ -25,7 +25,7 @@ from jacserve.command_line import (
     plainly,
     stdout_console,
 )
-from jacserve.errors import AccessError, JacobianError
+from jacserve.errors import DeadlineError, UnavailableError
 from jacserve.top_report import Look, View, as_json, frame
 
 # A server that has said nothing for so long is away.
@@ -97,9 +97,7 @@ def _views(
 def _look(target: str, client: Client) -> Look:
     try:
         status = client.status(timeout_s=_TIMEOUT_S)
-    except AccessError:
-        raise  # It would not be let in the next time, either.
-    except JacobianError as error:
+    except (UnavailableError, DeadlineError) as error:
         return Look(target, datetime.now(UTC), None, error)
     return Look(target, datetime.now(UTC), status)
 
