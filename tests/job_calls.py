@@ -10,7 +10,7 @@ import numpy as np
 from google.rpc import error_details_pb2
 
 from jacserve import tensors
-from jacserve.channels import channel_options
+from jacserve.connection import connection
 from jacserve.errors import translated
 from jacserve.queries import EvaluateOptions, Inputs, QueryEncoder
 from jacserve.results import Result, decode_opened
@@ -48,7 +48,10 @@ class JobCalls(AbstractContextManager["JobCalls"]):
         self._target = target
         self._stack = ExitStack()
         # Else it would share the connection of any client in this process.
-        options = [*channel_options(target), ("grpc.use_local_subchannel_pool", 1)]
+        options = [
+            *connection(target, {}).options,
+            ("grpc.use_local_subchannel_pool", 1),
+        ]
         channel = self._stack.enter_context(
             grpc.insecure_channel(target, options=options)
         )

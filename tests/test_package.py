@@ -16,7 +16,7 @@ from grpc_tools import protoc
 
 import jacserve
 import jacserve_server
-from jacserve.v1 import jacobian_pb2 as pb, jobs_pb2
+from jacserve.v1 import admin_pb2, jacobian_pb2 as pb, jobs_pb2
 from jacserve_server import RunningServer
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ def test_the_base_dependencies_are_closed() -> None:
     assert names == {"numpy", "grpcio", "protobuf", "googleapis-common-protos"}
 
 
-@pytest.mark.parametrize("name", ["jacobian", "jobs"])
+@pytest.mark.parametrize("name", ["jacobian", "jobs", "admin"])
 def test_every_element_of_the_contract_is_documented(tmp_path: Path, name: str) -> None:
     output = tmp_path / "contract"
     proto = f"jacserve/v1/{name}.proto"
@@ -93,6 +93,15 @@ def test_every_rpc_has_a_client_method() -> None:
     assert set(service.methods_by_name) == set(methods)
     for name in methods.values():
         assert callable(getattr(jacserve.Client, name))
+
+
+def test_every_rpc_of_administrators_has_a_method() -> None:
+    methods = {
+        "GetStatus": (jacserve.Client.status, jacserve.AsyncClient.status),
+        "ReleaseFunction": (jacserve.Client.release, jacserve.AsyncClient.release),
+    }
+    service = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
+    assert set(service.methods_by_name) == set(methods)
 
 
 def test_every_rpc_of_jobs_has_a_method() -> None:

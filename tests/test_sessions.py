@@ -39,6 +39,7 @@ from jacserve.errors import translated
 from jacserve.session import Session
 from jacserve.v1 import jacobian_pb2 as pb
 from jacserve_server import Registry, serving, sessions
+from jacserve_server.callers import SCOPES, Call, Caller
 from server_process import server_process
 
 registry = Registry()
@@ -386,14 +387,20 @@ class SlowAnswerer:
     def __init__(self) -> None:
         self.events: dict[bytes, asyncio.Event] = {}
 
-    def answer_now(self, raw: bytes) -> bytes | None:
+    def begun(self) -> Call:
+        return Call("Session", Caller("", SCOPES, ""), "", 0.0)
+
+    def answer_now(self, raw: bytes, call: Call) -> bytes | None:
         return raw if raw.startswith(b"brief") else None
 
-    async def answer(self, raw: bytes) -> bytes:
+    async def answer(self, raw: bytes, call: Call) -> bytes:
         await self.events.setdefault(raw, asyncio.Event()).wait()
         return raw
 
-    def encode_error(self, error: BaseException) -> bytes:
+    def answered(self, call: Call) -> None:
+        pass
+
+    def failed(self, call: Call, error: BaseException) -> bytes:
         raise AssertionError from error
 
 

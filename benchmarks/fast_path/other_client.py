@@ -17,6 +17,7 @@ import numpy as np
 import jacserve
 from benchmarks.fast_path.processes import memory_bytes, reset_peak
 from jacserve.benching import empty_call
+from jacserve.connection import connection
 
 # Between pings: another client that works now and then, not one more load.
 _PAUSE_S = 0.002
@@ -33,7 +34,7 @@ def ping(target: str, seconds: float) -> list[float]:
         The seconds that each took.
     """
     found = []
-    with empty_call(target, "layer") as empty:
+    with empty_call(connection(target, {}), "layer") as empty:
         end = time.perf_counter() + seconds
         while (start := time.perf_counter()) < end:
             empty.make()

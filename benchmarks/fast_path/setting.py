@@ -11,6 +11,7 @@ import jacserve
 from benchmarks.fast_path.processes import Process, running, serving
 from benchmarks.fast_path.rounds import Array, Effort
 from jacserve.benching import empty_call
+from jacserve.connection import connection
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def prepared(effort: Effort, device: str, cache_dir: Path) -> Generator[Setting]
         serving(device, cache_dir) as (target, _),
         running("benchmarks.fast_path.reference", device) as reference,
         jacserve.Client(target) as client,
-        empty_call(target, "layer") as empty,
+        empty_call(connection(target, {}), "layer") as empty,
     ):
         yield Setting(
             effort=effort,

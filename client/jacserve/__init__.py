@@ -8,6 +8,7 @@ from jacserve.async_jobs import AsyncJob
 from jacserve.checking import Check
 from jacserve.client import Client
 from jacserve.errors import (
+    AccessError,
     CancelledError,
     CapacityError,
     DeadlineError,
@@ -32,10 +33,20 @@ from jacserve.job_reading import Chunk
 from jacserve.jobs import Job
 from jacserve.queries import Source
 from jacserve.results import Result, Timing
+from jacserve.server_status import (
+    DeviceStatus,
+    FunctionStatus,
+    IdentityStatus,
+    LoadStatus,
+    ProgramsStatus,
+    ServerStatus,
+    WorkerStatus,
+)
 from jacserve.sparse import Pattern, SparseMatrix
 from jacserve.vocabulary import JobState, Layout, Mode, ModeOption, Quantity
 
 __all__ = [
+    "AccessError",
     "ArgumentInfo",
     "AsyncClient",
     "AsyncJob",
@@ -45,7 +56,10 @@ __all__ = [
     "Chunk",
     "Client",
     "DeadlineError",
+    "DeviceStatus",
     "FunctionInfo",
+    "FunctionStatus",
+    "IdentityStatus",
     "InvalidRequestError",
     "JacobianError",
     "Job",
@@ -53,6 +67,7 @@ __all__ = [
     "JobProgress",
     "JobState",
     "Layout",
+    "LoadStatus",
     "MeasuredStrategy",
     "Mode",
     "ModeOption",
@@ -61,13 +76,16 @@ __all__ = [
     "OverloadedError",
     "Pattern",
     "PreconditionError",
+    "ProgramsStatus",
     "Quantity",
     "Result",
     "ResultInfo",
     "ServerError",
+    "ServerStatus",
     "Source",
     "SparseMatrix",
     "Sparsity",
     "Timing",
     "UnavailableError",
+    "WorkerStatus",
 ]

@@ -12,21 +12,13 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-import grpc.aio
-
 from jacserve.async_jobs import AsyncJob, AsyncJobCalls
-from jacserve.channels import (
-    DEFAULT_TARGET,
-    EVALUATE,
-    EVALUATE_STREAM,
-    GET_SPARSITY,
-    channel_options,
-)
+from jacserve.channels import EVALUATE, EVALUATE_STREAM, GET_SPARSITY
 from jacserve.checking import Check, checks, named_arrays
+from jacserve.connection import ConnectOptions, connection
 from jacserve.errors import JacobianError, translated
 from jacserve.evaluation import (
     Answer,
@@ -54,8 +46,14 @@ from jacserve.queries import (
     timeout_of,
 )
 from jacserve.results import Result
+from jacserve.server_status import ServerStatus, decode_status
 from jacserve.tensors import Array
-from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
+from jacserve.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    jacobian_pb2 as pb,
+    jacobian_pb2_grpc as pb_grpc,
+)
 from jacserve.vocabulary import JobState, Quantity
 
 
@@ -71,20 +69,25 @@ class AsyncClient:
     """
 
     def __init__(
-        self, target: str = DEFAULT_TARGET, *, timeout_s: float | None = None
+        self,
+        target: str | Sequence[str] | None = None,
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[ConnectOptions],
     ) -> None:
-        """Prepares a connection; the first call makes it.
+        """Prepares a connection; the first call makes it. See `Client`.
 
         Args:
-            target: The server's address.
+            target: The server's address, or those of several.
             timeout_s: The timeout of calls that name none, in seconds.
+            **options: As for `Client`.
         """
-        self._target = target
+        self._connection = connection(target, options)
+        self._target = self._connection.name
         self._timeout_s = timeout_s
-        self._channel = grpc.aio.insecure_channel(
-            target, options=channel_options(target)
-        )
+        self._channel = self._connection.async_channel()
         self._stub = pb_grpc.JacobianServiceStub(self._channel)
+        self._admin = admin_pb2_grpc.AdminServiceStub(self._channel)
         # Messages with tensors are read and written by jacserve itself.
         self._evaluate: Any = self._channel.unary_unary(EVALUATE)
         self._evaluate_stream: Any = self._channel.stream_stream(EVALUATE_STREAM)
@@ -93,7 +96,7 @@ class AsyncClient:
         )
         self._encoder = QueryEncoder()
         self._memory = Memory()
-        self._jobs = AsyncJobCalls(self._channel, target, timeout_s)
+        self._jobs = AsyncJobCalls(self._channel, self._target, timeout_s)
 
     async def __aenter__(self) -> Self:
         """Returns the client itself."""
@@ -133,6 +136,26 @@ class AsyncClient:
         request = pb.GetFunctionRequest(name=function)
         with translated(self._target):
             found = await self._stub.GetFunction(
+                request, timeout=timeout_of(timeout_s, self._timeout_s)
+            )
+        return decode_function(found)
+
+    async def status(self, *, timeout_s: float | None = None) -> ServerStatus:
+        """Tells how the server is; see `Client.status`."""
+        with translated(self._target):
+            found = await self._admin.GetStatus(
+                admin_pb2.GetStatusRequest(),
+                timeout=timeout_of(timeout_s, self._timeout_s),
+            )
+        return decode_status(found)
+
+    async def release(
+        self, function: str, *, timeout_s: float | None = None
+    ) -> FunctionInfo:
+        """Has a function run again that is in quarantine; see `Client.release`."""
+        request = admin_pb2.ReleaseFunctionRequest(name=function)
+        with translated(self._target):
+            found = await self._admin.ReleaseFunction(
                 request, timeout=timeout_of(timeout_s, self._timeout_s)
             )
         return decode_function(found)
@@ -200,9 +223,13 @@ class AsyncClient:
     ) -> Result:
         """Evaluates any set of quantities; see `Client.evaluate`."""
         ask = self._encoder.encode(function, inputs, quantities, options)
-        timeout_s = timeout_of(options.get("timeout_s"), self._timeout_s)
-        send = partial(self._send, timeout_s)
-        return await drive_async(evaluation(ask, self._memory), send)
+        steps = evaluation(
+            ask,
+            self._memory,
+            timeout_s=timeout_of(options.get("timeout_s"), self._timeout_s),
+            retries=self._connection.retries,
+        )
+        return await drive_async(steps, self._send)
 
     def map(
         self,
@@ -250,21 +277,26 @@ class AsyncClient:
         )
         return await self._jobs.submit(request, timeout_s)
 
-    async def job(self, id: str, *, timeout_s: float | None = None) -> AsyncJob:
-        """Finds a job, whoever has submitted it; see `Client.job`."""
-        return await self._jobs.find(id, timeout_s)
+    async def job(
+        self, id: str, *, owner: str = "", timeout_s: float | None = None
+    ) -> AsyncJob:
+        """Finds a job, wherever it was submitted from; see `Client.job`."""
+        return await self._jobs.find(id, owner, timeout_s)
 
     async def jobs(
         self,
         states: JobState | Sequence[JobState] = (),
         *,
+        owner: str = "",
         timeout_s: float | None = None,
     ) -> list[JobInfo]:
-        """Lists the jobs, the newest first; see `Client.jobs`."""
-        return await self._jobs.list(states, timeout_s)
+        """Lists the caller's jobs, the newest first; see `Client.jobs`."""
+        return await self._jobs.list(states, owner, timeout_s)
 
-    async def _send(self, timeout_s: float | None, step: Step) -> Answer:
-        ask = step.ask
+    async def _send(self, step: Step) -> Answer:
+        ask, timeout_s = step.ask, step.timeout_s
+        if step.delay_s:
+            await asyncio.sleep(step.delay_s)
         with translated(self._target):
             if not step.is_streamed:
                 return await self._evaluate(ask.to_bytes(), timeout=timeout_s)

@@ -82,16 +82,17 @@ class AsyncJobCalls:
             message = await self._create(request.to_parts(), timeout=timeout_s)
         return AsyncJob(self, message)
 
-    async def find(self, id: str, timeout_s: float | None) -> "AsyncJob":
-        """Looks a job up by its id."""
-        request = jobs_pb2.GetJobRequest(name=id)
-        return AsyncJob(self, await self.ask(self.stub.GetJob, request, timeout_s))
+    async def find(self, id: str, owner: str, timeout_s: float | None) -> "AsyncJob":
+        """Looks a job up by its id; see `Client.job`."""
+        request = jobs_pb2.GetJobRequest(name=id, owner=owner)
+        message = await self.ask(self.stub.GetJob, request, timeout_s)
+        return AsyncJob(self, message, owner)
 
     async def list(
-        self, states: str | Sequence[str], timeout_s: float | None
+        self, states: str | Sequence[str], owner: str, timeout_s: float | None
     ) -> list[JobInfo]:
         """Lists jobs, page by page; see `Client.jobs`."""
-        request = encode_list_request(states)
+        request = encode_list_request(states, owner)
         found: list[JobInfo] = []
         while True:
             page = await self.ask(self.stub.ListJobs, request, timeout_s)
@@ -107,10 +108,12 @@ class AsyncJobCalls:
         with translated(self.target):
             return await call(request, timeout=timeout_of(timeout_s, self._timeout_s))
 
-    async def watch(self, id: str, timeout_s: float) -> AsyncGenerator[jobs_pb2.Job]:
+    async def watch(
+        self, id: str, owner: str, timeout_s: float
+    ) -> AsyncGenerator[jobs_pb2.Job]:
         """Yields a job as it is now, and whenever it has got further."""
         with translated(self.target):
-            request = jobs_pb2.WatchJobRequest(name=id)
+            request = jobs_pb2.WatchJobRequest(name=id, owner=owner)
             call: Any = self.stub.WatchJob(request, timeout=timeout_s)
             try:
                 async for news in call:
@@ -143,9 +146,12 @@ class AsyncJob:
     ```
     """
 
-    def __init__(self, calls: AsyncJobCalls, message: jobs_pb2.Job) -> None:
+    def __init__(
+        self, calls: AsyncJobCalls, message: jobs_pb2.Job, owner: str = ""
+    ) -> None:
         """Takes a job that a server has returned."""
         self._calls = calls
+        self._owner = owner
         self._last = decode_job(message, calls.target)
         self._layout: SparseLayout | None = sparse_layout_of(message.query)
 
@@ -156,7 +162,7 @@ class AsyncJob:
 
     async def info(self, *, timeout_s: float | None = None) -> JobInfo:
         """Asks how the job is; see `Job.info`."""
-        request = jobs_pb2.GetJobRequest(name=self.id)
+        request = jobs_pb2.GetJobRequest(name=self.id, owner=self._owner)
         return await self._ask(self._calls.stub.GetJob, request, timeout_s)
 
     async def progress(self, *, timeout_s: float | None = None) -> JobProgress:
@@ -249,12 +255,12 @@ class AsyncJob:
 
     async def cancel(self, *, timeout_s: float | None = None) -> JobInfo:
         """Stops the job; see `Job.cancel`."""
-        request = jobs_pb2.CancelJobRequest(name=self.id)
+        request = jobs_pb2.CancelJobRequest(name=self.id, owner=self._owner)
         return await self._ask(self._calls.stub.CancelJob, request, timeout_s)
 
     async def delete(self, *, timeout_s: float | None = None) -> None:
         """Stops the job and deletes it; see `Job.delete`."""
-        request = jobs_pb2.DeleteJobRequest(name=self.id)
+        request = jobs_pb2.DeleteJobRequest(name=self.id, owner=self._owner)
         await self._calls.ask(self._calls.stub.DeleteJob, request, timeout_s)
 
     def __repr__(self) -> str:
@@ -281,7 +287,7 @@ class AsyncJob:
             error = None
             try:
                 async with aclosing(
-                    self._calls.watch(self.id, news.opens())
+                    self._calls.watch(self.id, self._owner, news.opens())
                 ) as messages:
                     async for message in messages:
                         if info := news.hears(message):
@@ -302,7 +308,7 @@ class AsyncJob:
         timeout_s: float | None = None,
         keep_dense: bool = False,
     ) -> Result:
-        request = encode_read_request(self.id, start, count, quantities)
+        request = encode_read_request(self.id, start, count, quantities, self._owner)
         received = await self._calls.read(request, timeout_s)
         return decode_rows(received, self._layout, keep_dense=keep_dense)
 

@@ -19,11 +19,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from jacserve import benching
 from jacserve.bench_report import Report, as_json, print_report
 from jacserve.benching import TURNS, BenchError, Level, Settings
-from jacserve.channels import DEFAULT_TARGET
 from jacserve.command_line import (
     Name,
-    Target,
+    Server,
     Timeout,
+    calls_server,
     connected,
     parse_sizes,
     stdout_console,
@@ -35,7 +35,9 @@ _CONCURRENCY = "1,2,4,8,16,32,64"
 _MOST_CALLERS = 1024
 
 
+@calls_server
 def bench(
+    server: Server,
     name: Name,
     sizes: Annotated[
         list[str] | None,
@@ -103,7 +105,6 @@ def bench(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the random inputs.")] = 0,
-    target: Target = DEFAULT_TARGET,
     timeout: Timeout = None,
 ) -> None:
     """Measure a function under load, beside an empty call on the same server.
@@ -112,7 +113,8 @@ def bench(
     taking turns with as many callers of an empty call. Ctrl-C ends it with what was
     measured. Example: jacserve bench spherical --batch 64 --concurrency 1,8,64
     """
-    with connected(target) as client, ExitStack() as stack:
+    with connected(server) as client, ExitStack() as stack:
+        at = server.connection()
         counts = _parse_concurrency(concurrency)
         settings = Settings(
             # A word that does not exist is refused with the list of those that do.
@@ -142,11 +144,11 @@ def bench(
         start = time.perf_counter()
         first = call()
         first_s = time.perf_counter() - start
-        empty = stack.enter_context(benching.empty_call(target, question.function))
+        empty = stack.enter_context(benching.empty_call(at, question.function))
         with _stopped_by_interrupt() as stop:
             found = _measured(call, empty.make, counts, seconds, stop)
         report = Report(
-            target=target,
+            target=at.name,
             question=question,
             batch=batch,
             has_session=session,

@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import grpc
 import numpy as np
 
 from jacserve import load, trees
-from jacserve.channels import channel_options
 from jacserve.client import Client
+from jacserve.connection import Connection
 from jacserve.dimensions import DimensionError, size_of
 from jacserve.errors import ServerError, translated
 from jacserve.functions import ArgumentInfo, FunctionInfo
@@ -190,11 +189,11 @@ class EmptyCall:
 
 
 @contextmanager
-def empty_call(target: str, function: str) -> Generator[EmptyCall]:
+def empty_call(connection: Connection, function: str) -> Generator[EmptyCall]:
     """Connects for empty calls.
 
     Args:
-        target: The server's address.
+        connection: Where to, and how.
         function: A function of it, to be described where the server has no health.
 
     Yields:
@@ -204,14 +203,14 @@ def empty_call(target: str, function: str) -> Generator[EmptyCall]:
     Raises:
         JacobianError: The server answers neither.
     """
-    with grpc.insecure_channel(target, options=channel_options(target)) as channel:
+    with connection.channel() as channel:
 
         def caller(method: str, request: bytes) -> Callable[[], object]:
             # No serializers: bytes go out as they are.
             stub: Callable[[bytes], bytes] = cast("Any", channel).unary_unary(method)
 
             def make() -> object:
-                with translated(target):
+                with translated(connection.name):
                     return stub(request)
 
             return make

@@ -1,9 +1,7 @@
-"""How both clients connect: addresses, limits and retries of a gRPC channel."""
+"""What a gRPC channel is told: the calls, limits, retries and balancing."""
 
 import json
 from typing import Any
-
-DEFAULT_TARGET = "localhost:50051"
 
 _SERVICE = "jacserve.v1.JacobianService"
 # The calls whose messages have tensors.
@@ -16,54 +14,72 @@ _JOB_SERVICE = "jacserve.v1.JobService"
 CREATE_JOB = f"/{_JOB_SERVICE}/CreateJob"
 READ_JOB_RESULT = f"/{_JOB_SERVICE}/ReadJobResult"
 
+_ADMIN_SERVICE = "jacserve.v1.AdminService"
+
 # Beyond this a protobuf message can't be parsed anywhere.
 _MAX_MESSAGE_BYTES = 2**31 - 1
 
 # These calls only read, or change nothing when they come twice, so any may be sent
-# again; gRPC does so by itself while the server is unreachable or going away. But a
-# stream that it might open again would not end with its server.
+# again; gRPC does so by itself while the server is unreachable or going away. Of
+# evaluations it would repeat only those that are small and have no answer yet, so
+# `evaluation` sees to all of them. And a stream that gRPC might open again would not
+# end with its server.
 _REPEATED = {
-    _SERVICE: ("ListFunctions", "GetFunction", "GetSparsity", "Evaluate"),
+    _SERVICE: ("ListFunctions", "GetFunction", "GetSparsity"),
     _JOB_SERVICE: ("GetJob", "ListJobs", "CancelJob", "DeleteJob"),
+    _ADMIN_SERVICE: ("GetStatus", "ReleaseFunction"),
 }
-_SERVICE_CONFIG = {
-    "methodConfig": [
-        {
-            "name": [
-                {"service": service, "method": name}
-                for service, names in _REPEATED.items()
-                for name in names
-            ],
-            "retryPolicy": {
-                "maxAttempts": 3,
-                "initialBackoff": "0.1s",
-                "maxBackoff": "1s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
+
+
+def _service_config(*, is_balanced: bool) -> str:
+    repeated = [
+        {"service": service, "method": name}
+        for service, names in _REPEATED.items()
+        for name in names
     ]
-}
+    retries = {
+        "maxAttempts": 5 if is_balanced else 3,
+        "initialBackoff": "0.1s",
+        "maxBackoff": "1s",
+        "backoffMultiplier": 2,
+        # A server that goes away also cancels calls that it has not begun with.
+        "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
+    }
+    config: dict[str, Any] = {
+        "methodConfig": [{"name": repeated, "retryPolicy": retries}]
+    }
+    if is_balanced:
+        config["loadBalancingConfig"] = [{"round_robin": {}}]
+        # A server that is not ready, or going away, gets no calls.
+        config["healthCheckConfig"] = {"serviceName": ""}
+    return json.dumps(config)
 
 
-def channel_options(target: str) -> list[tuple[str, Any]]:
+def channel_options(
+    *, is_balanced: bool, is_loopback: bool, authority: str | None
+) -> list[tuple[str, Any]]:
     """Returns the channel options for a target.
 
     Args:
-        target: The address, such as "localhost:50051".
+        is_balanced: Whether servers share the calls; else there is one.
+        is_loopback: Whether they all are on this machine.
+        authority: The name that certificates must have; None for the target's own.
 
     Returns:
-        Options for grpc.insecure_channel and its asyncio twin.
+        Options for gRPC's channels and their asyncio twins.
     """
-    host = target.rpartition(":")[0].strip("[]")
-    is_loopback = host in {"localhost", "::1"} or host.startswith("127.")
-    return [
+    options: list[tuple[str, Any]] = [
         ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
         ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-        ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+        ("grpc.service_config", _service_config(is_balanced=is_balanced)),
         # Sooner than gRPC would try again by itself: whoever follows a job waits for a
-        # server that is started anew.
-        ("grpc.max_reconnect_backoff_ms", 5_000),
+        # server that is started anew, and of several servers the next may go away as
+        # soon as the last one is back.
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 1_000),
         # A proxy of the environment can't reach this machine's own loopback.
         ("grpc.enable_http_proxy", 0 if is_loopback else 1),
     ]
+    if authority is not None:
+        options.append(("grpc.default_authority", authority))
+    return options

@@ -1,6 +1,7 @@
 """The blocking client."""
 
 import threading
+import time
 from collections import deque
 from collections.abc import (
     Callable,
@@ -18,15 +19,9 @@ from typing import Any, Self, Unpack, cast
 
 import grpc
 
-from jacserve.channels import (
-    DEFAULT_TARGET,
-    EVALUATE,
-    EVALUATE_STREAM,
-    GET_SPARSITY,
-    SESSION,
-    channel_options,
-)
+from jacserve.channels import EVALUATE, EVALUATE_STREAM, GET_SPARSITY, SESSION
 from jacserve.checking import Check, checks, named_arrays
+from jacserve.connection import ConnectOptions, connection
 from jacserve.errors import JacobianError, from_rpc_error, translated
 from jacserve.evaluation import Answer, Memory, Receiver, Step, drive, evaluation
 from jacserve.evaluator import Evaluator
@@ -39,6 +34,7 @@ from jacserve.functions import (
 from jacserve.job_messages import JobInfo, OnError, encode_job
 from jacserve.jobs import Job, JobCalls
 from jacserve.queries import (
+    Ask,
     EvaluateOptions,
     Inputs,
     JobInputs,
@@ -48,8 +44,14 @@ from jacserve.queries import (
     timeout_of,
 )
 from jacserve.results import Result
+from jacserve.server_status import ServerStatus, decode_status
 from jacserve.session import Session
-from jacserve.v1 import jacobian_pb2 as pb, jacobian_pb2_grpc as pb_grpc
+from jacserve.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    jacobian_pb2 as pb,
+    jacobian_pb2_grpc as pb_grpc,
+)
 from jacserve.vocabulary import JobState, Quantity
 
 
@@ -82,18 +84,33 @@ class Client(Evaluator):
     """
 
     def __init__(
-        self, target: str = DEFAULT_TARGET, *, timeout_s: float | None = None
+        self,
+        target: str | Sequence[str] | None = None,
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[ConnectOptions],
     ) -> None:
         """Prepares a connection; the first call makes it.
 
         Args:
-            target: The server's address.
+            target: The server's address, HOST:PORT. Several share the calls: each call
+                goes to one of those that are ready. By default what JACSERVE_TARGET
+                has, with commas between; else "localhost:50051".
             timeout_s: The timeout of calls that name none, in seconds.
+            **options: Token, certificates and retries; see
+                `jacserve.connection.ConnectOptions`.
+
+        Raises:
+            ValueError: The options contradict each other, can't be read, or would
+                have a token sent where others can read it.
+            UnavailableError: None of several targets has an address.
         """
-        self._target = target
+        self._connection = connection(target, options)
+        self._target = self._connection.name
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(target, options=channel_options(target))
+        self._channel = self._connection.channel()
         self._stub = pb_grpc.JacobianServiceStub(self._channel)
+        self._admin = admin_pb2_grpc.AdminServiceStub(self._channel)
         # Messages with tensors are read and written by jacserve itself.
         self._evaluate: Any = self._channel.unary_unary(EVALUATE)
         self._evaluate_stream: Any = self._channel.stream_stream(EVALUATE_STREAM)
@@ -103,7 +120,7 @@ class Client(Evaluator):
         )
         self._encoder = QueryEncoder()
         self._memory = Memory()
-        self._jobs = JobCalls(self._channel, target, timeout_s)
+        self._jobs = JobCalls(self._channel, self._target, timeout_s)
 
     def __enter__(self) -> Self:
         """Returns the client itself."""
@@ -163,6 +180,50 @@ class Client(Evaluator):
         request = pb.GetFunctionRequest(name=function)
         with translated(self._target):
             found = self._stub.GetFunction(
+                request, timeout=timeout_of(timeout_s, self._timeout_s)
+            )
+        return decode_function(found)
+
+    def status(self, *, timeout_s: float | None = None) -> ServerStatus:
+        """Tells how the server is, for whoever runs it.
+
+        Needs the scope "admin" where there are tokens. Of several targets one answers.
+
+        Args:
+            timeout_s: Seconds for the call.
+
+        Returns:
+            Its devices, load, programs, functions, jobs and workers.
+
+        Raises:
+            AccessError: Who calls may not.
+        """
+        with translated(self._target):
+            found = self._admin.GetStatus(
+                admin_pb2.GetStatusRequest(),
+                timeout=timeout_of(timeout_s, self._timeout_s),
+            )
+        return decode_status(found)
+
+    def release(self, function: str, *, timeout_s: float | None = None) -> FunctionInfo:
+        """Has a function run again that is in quarantine.
+
+        Does nothing to any other. Needs the scope "admin" where there are tokens.
+
+        Args:
+            function: Its name; with a version, or without for the newest.
+            timeout_s: Seconds for the call.
+
+        Returns:
+            Its description.
+
+        Raises:
+            NotFoundError: No function has that name and version.
+            AccessError: Who calls may not.
+        """
+        request = admin_pb2.ReleaseFunctionRequest(name=function)
+        with translated(self._target):
+            found = self._admin.ReleaseFunction(
                 request, timeout=timeout_of(timeout_s, self._timeout_s)
             )
         return decode_function(found)
@@ -274,8 +335,7 @@ class Client(Evaluator):
             JacobianError: The call failed; see this class.
         """
         ask = self._encoder.encode(function, inputs, quantities, options)
-        timeout_s = timeout_of(options.get("timeout_s"), self._timeout_s)
-        return drive(evaluation(ask, self._memory), partial(self._send, timeout_s))
+        return drive(self._evaluation(ask, options), self._send)
 
     def map(
         self,
@@ -308,13 +368,13 @@ class Client(Evaluator):
         """
         if window < 1:
             raise ValueError(f"window is {window}; pass 1 or more")
-        timeout_s = timeout_of(options.get("timeout_s"), self._timeout_s)
         calls = _Calls()
 
         def evaluate(inputs: Inputs) -> Result:
             ask = self._encoder.encode(function, inputs, quantities, options)
-            send = partial(self._send, timeout_s, calls=calls)
-            return drive(evaluation(ask, self._memory), send)
+            return drive(
+                self._evaluation(ask, options), partial(self._send, calls=calls)
+            )
 
         return _in_order(evaluate, batches, window, calls)
 
@@ -341,6 +401,7 @@ class Client(Evaluator):
             memory=self._memory,
             target=self._target,
             timeout_s=self._timeout_s,
+            retries=self._connection.retries,
             window=window,
         )
 
@@ -406,42 +467,57 @@ class Client(Evaluator):
         )
         return self._jobs.submit(request, timeout_s)
 
-    def job(self, id: str, *, timeout_s: float | None = None) -> Job:
-        """Finds a job, whoever has submitted it.
+    def job(self, id: str, *, owner: str = "", timeout_s: float | None = None) -> Job:
+        """Finds a job, wherever it was submitted from.
 
         Args:
             id: Its id.
+            owner: Whose it is, as `JobInfo.owner` says, where it is not the caller's
+                own; for administrators.
             timeout_s: Seconds for the call.
 
         Returns:
             The job.
 
         Raises:
-            NotFoundError: No job has that id.
+            NotFoundError: No job has that id, or not that owner.
         """
-        return self._jobs.find(id, timeout_s)
+        return self._jobs.find(id, owner, timeout_s)
 
     def jobs(
         self,
         states: JobState | Sequence[JobState] = (),
         *,
+        owner: str = "",
         timeout_s: float | None = None,
     ) -> list[JobInfo]:
-        """Lists the jobs, the newest first.
+        """Lists the caller's jobs, the newest first.
 
         Args:
             states: Only those in these states; all by default.
+            owner: Whose, as `JobInfo.owner` says; "-" for everybody's; for
+                administrators.
             timeout_s: Seconds for each page of the list.
 
         Returns:
             What the server says of each.
         """
-        return self._jobs.list(states, timeout_s)
+        return self._jobs.list(states, owner, timeout_s)
 
-    def _send(
-        self, timeout_s: float | None, step: Step, calls: "_Calls | None" = None
-    ) -> Answer:
-        ask = step.ask
+    def _evaluation(
+        self, ask: Ask, options: EvaluateOptions
+    ) -> Generator[Step, Answer, Result]:
+        return evaluation(
+            ask,
+            self._memory,
+            timeout_s=timeout_of(options.get("timeout_s"), self._timeout_s),
+            retries=self._connection.retries,
+        )
+
+    def _send(self, step: Step, calls: "_Calls | None" = None) -> Answer:
+        ask, timeout_s = step.ask, step.timeout_s
+        if step.delay_s:
+            time.sleep(step.delay_s)
         try:
             if not step.is_streamed:
                 if calls is None:

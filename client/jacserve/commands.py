@@ -17,7 +17,6 @@ from rich.table import Table
 
 from jacserve import array_files, pictures
 from jacserve.bench_command import bench
-from jacserve.channels import DEFAULT_TARGET
 from jacserve.command_line import (
     Cast,
     Cotangents,
@@ -26,10 +25,11 @@ from jacserve.command_line import (
     Mode,
     Name,
     Quantities,
+    Server,
     Tangents,
-    Target,
     Timeout,
     Wrt,
+    calls_server,
     connected,
     parse_sizes,
     stdout_console,
@@ -39,6 +39,7 @@ from jacserve.jobs_command import jobs
 from jacserve.queries import EvaluateOptions
 from jacserve.results import Result
 from jacserve.tensors import format_shape
+from jacserve.top_command import release, top
 from jacserve.vocabulary import Quantity
 
 app = typer.Typer(
@@ -62,10 +63,18 @@ def main() -> None:
     app(prog_name="jacserve")
 
 
+@app.callback()
+@calls_server
+def root(server: Server) -> None:
+    """Jacobians of registered functions, from a server."""
+    del server  # The command gets it.
+
+
 @app.command("functions")
-def list_functions(target: Target = DEFAULT_TARGET, timeout: Timeout = None) -> None:
+@calls_server
+def list_functions(server: Server, timeout: Timeout = None) -> None:
     """List the functions that a server has."""
-    with connected(target) as client:
+    with connected(server) as client:
         found = client.functions(timeout_s=timeout)
     table = Table(box=None, pad_edge=False)
     table.add_column("function", no_wrap=True, overflow="fold")
@@ -75,6 +84,8 @@ def list_functions(target: Target = DEFAULT_TARGET, timeout: Timeout = None) -> 
     table.add_column("documentation", no_wrap=True, overflow="ellipsis")
     for function in found:
         summary = function.documentation.partition("\n")[0]
+        if function.quarantine_reason:
+            summary = f"IN QUARANTINE. {summary}"
         table.add_row(
             function.name,
             str(function.version),
@@ -86,7 +97,9 @@ def list_functions(target: Target = DEFAULT_TARGET, timeout: Timeout = None) -> 
 
 
 @app.command()
+@calls_server
 def describe(
+    server: Server,
     name: Name,
     sparsity: Annotated[
         bool, typer.Option("--sparsity", help="Show where J can be other than zero.")
@@ -119,14 +132,13 @@ def describe(
             show_default="none",
         ),
     ] = None,
-    target: Target = DEFAULT_TARGET,
     timeout: Timeout = None,
 ) -> None:
     """Describe one function: arguments, results, modes and documentation.
 
     Example: jacserve describe burgers --sparsity --size n=100 --picture burgers.png
     """
-    with connected(target) as client:
+    with connected(server) as client:
         function = client.describe(name, timeout_s=timeout)
         _print_description(function, stdout_console())
         if not sparsity:
@@ -167,6 +179,9 @@ def _print_description(function: FunctionInfo, console: Console) -> None:
     )
     if function.documentation:
         console.print(f"\n{escape(function.documentation)}")
+    if function.quarantine_reason:
+        reason = escape(function.quarantine_reason)
+        console.print(f"\n[bold red]in quarantine[/bold red]: {reason}")
     console.print("\n[bold]arguments[/bold]")
     for argument in function.arguments:
         constant = "" if argument.differentiable else "  (no derivative)"
@@ -183,6 +198,8 @@ def _print_description(function: FunctionInfo, console: Console) -> None:
         console.print(f"  auto means {function.preferred_mode}")
     if function.max_batch:
         console.print(f"\nat most {function.max_batch} points in one call")
+    if function.isolation == "process":
+        console.print("\nruns in a process of its own")
     if function.measured_strategies:
         console.print("\n[bold]measured: what auto means[/bold]")
     for each in function.measured_strategies:
@@ -195,7 +212,9 @@ def _print_description(function: FunctionInfo, console: Console) -> None:
 
 
 @app.command("eval")
+@calls_server
 def evaluate(
+    server: Server,
     name: Name,
     inputs: Annotated[
         list[str],
@@ -221,7 +240,6 @@ def evaluate(
         str,
         typer.Option("--output", "-o", help="table, json, or a file .npy or .npz."),
     ] = "table",
-    target: Target = DEFAULT_TARGET,
     timeout: Timeout = None,
 ) -> None:
     """Evaluate a function and its derivatives at a point or a batch of points.
@@ -239,7 +257,7 @@ def evaluate(
     }
     if layout is not None:
         options["layout"] = layout
-    with connected(target) as client:
+    with connected(server) as client:
         function = client.describe(name, timeout_s=timeout)
         if tangents:
             options["tangents"] = array_files.read_inputs(tangents, function, dtype)
@@ -282,4 +300,6 @@ def _print_result(result: Result, console: Console) -> None:
 
 
 app.command()(bench)
+app.command()(top)
+app.command()(release)
 app.add_typer(jobs, name="jobs")

@@ -7,8 +7,9 @@ JacobianError                    every failure of a call
 │   └── NonFiniteError           NaN or Inf was refused      (also an ArithmeticError)
 ├── CapacityError                too large for the server
 ├── OverloadedError              too busy now: see retry_after_s
+├── AccessError                  who calls may not           (also a PermissionError)
 ├── UnavailableError             no server, or it is going   (also a ConnectionError)
-├── DeadlineError                timeout_s has passed        (also a TimeoutError)
+├── DeadlineError                out of time                 (also a TimeoutError)
 ├── CancelledError               the call was cancelled
 └── ServerError                  a fault of the server
 """
@@ -54,6 +55,8 @@ class JacobianError(Exception):
         self.metadata = dict(metadata or {})
         self.field = field
         self.request_id = request_id
+        if request_id:
+            self.add_note(f"(request {request_id})")  # Shown below a traceback.
 
 
 class InvalidRequestError(JacobianError, ValueError):
@@ -86,12 +89,23 @@ class OverloadedError(JacobianError):
     retry_after_s: float = 0.0
 
 
+class AccessError(JacobianError, PermissionError):
+    """Who calls did not say who they are, or may not make this call.
+
+    Its code is "UNAUTHENTICATED" or "PERMISSION_DENIED".
+    """
+
+
 class UnavailableError(JacobianError, ConnectionError):
     """No server answers at the target, or it is shutting down."""
 
 
 class DeadlineError(JacobianError, TimeoutError):
-    """The call's timeout_s passed before the answer came."""
+    """The call's timeout_s passed before the answer came.
+
+    Or the server's own budget for a program did, where its reason is
+    "TIME_BUDGET_SPENT": a larger timeout_s is of no use then.
+    """
 
 
 class CancelledError(JacobianError):
@@ -105,6 +119,10 @@ class ServerError(JacobianError):
 BY_REASON: Mapping[str, type[JacobianError]] = {
     "RESULT_NOT_FINITE": NonFiniteError,
     "QUEUE_FULL": OverloadedError,
+    "TOO_MANY_STREAMS": OverloadedError,
+    "COMPILE_BUDGET_SPENT": OverloadedError,
+    # The connection was given up, as by a server that goes away.
+    "STREAM_IDLE": UnavailableError,
     # Not the one who calls is refused, but the path that was named.
     "SOURCE_FORBIDDEN": InvalidRequestError,
     # The server answers: it is its storage that does not.
@@ -118,8 +136,8 @@ BY_CODE: Mapping[str, type[JacobianError]] = {
     "DEADLINE_EXCEEDED": DeadlineError,
     "NOT_FOUND": NotFoundError,
     "ALREADY_EXISTS": PreconditionError,
-    "PERMISSION_DENIED": PreconditionError,
-    "UNAUTHENTICATED": PreconditionError,
+    "PERMISSION_DENIED": AccessError,
+    "UNAUTHENTICATED": AccessError,
     "RESOURCE_EXHAUSTED": CapacityError,
     "FAILED_PRECONDITION": PreconditionError,
     "ABORTED": ServerError,
@@ -165,7 +183,19 @@ def from_rpc_error(error: grpc.Call, target: str) -> JacobianError:
             except DecodeError:
                 status.Clear()
     status.message = error.details() or ""
-    return _from_status(error.code().name, status, target)
+    code = error.code().name
+    if code == "CANCELLED" and not status.details and not _is_local(status.message):
+        return UnavailableError(
+            f"{target} dropped the call ({status.message or code}), as a server does "
+            "that goes away. Try again.",
+            code=code,
+        )
+    return _from_status(code, status, target)
+
+
+def _is_local(message: str) -> bool:
+    """Whether a call was cancelled on this side, by the words that gRPC has for it."""
+    return message.startswith(("Locally cancelled", "Channel closed"))
 
 
 def from_status(status: status_pb2.Status, target: str) -> JacobianError:
@@ -209,10 +239,7 @@ def _without_reason(code: str, message: str, target: str) -> str:
         "RESOURCE_EXHAUSTED": lambda: (
             f"{message}. Send fewer points at once, or ask by EvaluateStream."
         ),
-        "UNAVAILABLE": lambda: (
-            f"No server answers at {target} ({message}). Start one with "
-            "`jacserve serve FILE`, or check the address."
-        ),
+        "UNAVAILABLE": lambda: _unreachable(message, target),
         "DEADLINE_EXCEEDED": lambda: (
             f"{target} did not answer in time. Pass a larger timeout_s: the first "
             "call of a function for new shapes also compiles it."
@@ -223,6 +250,29 @@ def _without_reason(code: str, message: str, target: str) -> str:
         ),
     }
     return hints.get(code, lambda: message)()
+
+
+# What gRPC says of TLS, and what it comes from.
+_TLS_FAILURES = {
+    "WRONG_VERSION_NUMBER": "The server speaks no TLS: connect without, or start it "
+    "with a certificate.",
+    "Hostname Verification": "The server's certificate has another name: pass "
+    "server_name, or connect to a name that it has.",
+    "CERTIFICATE_VERIFY_FAILED": "No authority that is trusted here has signed the "
+    "server's certificate, or it has expired: pass ca.",
+    "handshake": "Check ca and server_name; and certificate and key, which a server "
+    "may ask for.",
+}
+
+
+def _unreachable(message: str, target: str) -> str:
+    for sign, advice in _TLS_FAILURES.items():
+        if sign.lower() in message.lower():
+            return f"No connection to {target} by TLS ({message}). {advice}"
+    return (
+        f"No server answers at {target} ({message}). Start one with "
+        "`jacserve serve FILE`, or check the address, and whether it takes TLS."
+    )
 
 
 _M = TypeVar("_M", bound=Message)

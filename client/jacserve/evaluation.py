@@ -4,12 +4,20 @@
 asyncio client and sessions all drive it, so that nothing is decided twice.
 """
 
+import time
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from typing import Any, NamedTuple, TypeAlias, cast
 
 from google.protobuf.message import DecodeError
 
-from jacserve.errors import JacobianError, PreconditionError, ServerError
+from jacserve.errors import (
+    JacobianError,
+    OverloadedError,
+    PreconditionError,
+    ServerError,
+    UnavailableError,
+)
+from jacserve.patience import retry_after_s
 from jacserve.queries import Ask
 from jacserve.results import Result, ResultDecoder, decode_opened
 from jacserve.sparse import Pattern, PatternCache
@@ -24,10 +32,14 @@ class Step(NamedTuple):
     Attributes:
         ask: The query.
         is_streamed: Whether by EvaluateStream; else in one message.
+        timeout_s: Seconds to wait for the answer; None for no limit.
+        delay_s: Seconds to wait before it is sent.
     """
 
     ask: Ask
     is_streamed: bool
+    timeout_s: float | None = None
+    delay_s: float = 0.0
 
 
 class Received(NamedTuple):
@@ -54,12 +66,19 @@ class Memory:
         self.decoder = ResultDecoder()
 
 
-def evaluation(ask: Ask, memory: Memory) -> Generator[Step, Answer, Result]:
+def evaluation(
+    ask: Ask, memory: Memory, *, timeout_s: float | None, retries: int
+) -> Generator[Step, Answer, Result]:
     """Evaluates a query.
+
+    It is sent again where another attempt may fare better: an evaluation changes
+    nothing, however often it comes.
 
     Args:
         ask: The query.
         memory: What is remembered.
+        timeout_s: Seconds for all of it; None for no limit.
+        retries: How often it may be sent again.
 
     Yields:
         What to send. To be sent the answer: a serialized Result, or one that came in
@@ -76,10 +95,24 @@ def evaluation(ask: Ask, memory: Memory) -> Generator[Step, Answer, Result]:
     layout = ask.form.sparse_layout
     if layout and (known := memory.patterns.find(ask.form.query)):
         ask = Ask(ask.form.naming(known), ask.arrays)
+    stop = None if timeout_s is None else time.monotonic() + timeout_s
+    left_s, delay_s, attempt = timeout_s, 0.0, 0
     while True:
         is_streamed = ask.form.is_streamed
         try:
-            answer = yield Step(ask, is_streamed)
+            answer = yield Step(ask, is_streamed, left_s, delay_s)
+        except (OverloadedError, UnavailableError) as error:
+            if stop is not None:
+                left_s = stop - time.monotonic()
+            pause_s = (
+                _pause_s(error, is_streamed, attempt) if attempt < retries else None
+            )
+            if pause_s is None or (left_s is not None and pause_s >= left_s):
+                raise
+            attempt, delay_s = attempt + 1, pause_s
+            if left_s is not None:
+                left_s -= pause_s
+            continue
         except PreconditionError as error:
             if error.reason == "STREAM_REQUIRED" and not is_streamed:
                 ask.form.is_streamed = True
@@ -89,6 +122,9 @@ def evaluation(ask: Ask, memory: Memory) -> Generator[Step, Answer, Result]:
                 ask, known = Ask(ask.form.naming(()), ask.arrays), {}
             else:
                 raise
+            delay_s = 0.0
+            if stop is not None:
+                left_s = max(0.0, stop - time.monotonic())
             continue
         try:
             if isinstance(answer, bytes):
@@ -100,6 +136,21 @@ def evaluation(ask: Ask, memory: Memory) -> Generator[Step, Answer, Result]:
         if layout:
             memory.patterns.learn(ask.form.query, result.shared_patterns)
         return result
+
+
+# Who has to wait for longer may have something better to do.
+_LONGEST_WAIT_S = 10.0
+
+
+def _pause_s(error: JacobianError, is_streamed: bool, attempt: int) -> float | None:
+    """Returns the seconds after which to try again; None for no use in that."""
+    told_s = error.retry_after_s if isinstance(error, OverloadedError) else 0.0
+    # A session was idle when the query came; but of a call of its own it is the query
+    # that was too slow, and will be again.
+    is_too_slow = error.reason == "STREAM_IDLE" and is_streamed
+    if is_too_slow or told_s > _LONGEST_WAIT_S:
+        return None
+    return retry_after_s(attempt, told_s)
 
 
 def drive(

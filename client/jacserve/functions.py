@@ -10,9 +10,11 @@ from jacserve.tensors import format_shape
 from jacserve.v1 import jacobian_pb2 as pb
 from jacserve.vocabulary import (
     DTYPES,
+    ISOLATIONS,
     MODE_OPTIONS,
     MODES,
     Direction,
+    Isolation,
     Mode,
     ModeOption,
     word,
@@ -108,6 +110,10 @@ class FunctionInfo:
         measured_strategies: What was measured to be the fastest way to J, and is
             what "auto" stands for at these inputs.
         sizes: Sizes of its symbolic dimensions at which it is known to work.
+        quarantine_reason: Why it is not run any more, until `Client.release`; empty
+            where it is run.
+        isolation: "process" where its programs run in a process of their own, which is
+            killed when one of them does not end; else "none".
     """
 
     name: str
@@ -121,6 +127,8 @@ class FunctionInfo:
     max_batch: int | None
     measured_strategies: tuple[MeasuredStrategy, ...]
     sizes: Mapping[str, int]
+    quarantine_reason: str
+    isolation: Isolation
 
     @property
     def signature(self) -> str:
@@ -178,6 +186,10 @@ def decode_function(message: pb.Function) -> FunctionInfo:
             for measured in message.measured_strategies
         ),
         sizes=dict(message.sizes),
+        quarantine_reason=message.quarantine_reason,
+        isolation=cast(
+            "Isolation", word(ISOLATIONS, message.isolation or pb.ISOLATION_NONE)
+        ),
     )
 
 

@@ -89,6 +89,7 @@ class JobInfo:
         ended: When it ended.
         expires: When the server will delete it.
         retries: When the server tries again what is held up.
+        owner: Who created it; empty where the server asks nobody who they are.
     """
 
     id: str
@@ -106,6 +107,7 @@ class JobInfo:
     ended: datetime | None
     expires: datetime | None
     retries: datetime | None
+    owner: str = ""
 
     @property
     def has_ended(self) -> bool:
@@ -178,6 +180,7 @@ def decode_job(message: jobs_pb2.Job, target: str) -> JobInfo:
         ended=_time(message.end_time),
         expires=_time(message.expire_time),
         retries=_time(message.retry_time),
+        owner=message.owner,
     )
 
 
@@ -270,11 +273,14 @@ def _refused(message: str, field: str) -> InvalidRequestError:
     )
 
 
-def encode_list_request(states: str | Sequence[str]) -> jobs_pb2.ListJobsRequest:
+def encode_list_request(
+    states: str | Sequence[str], owner: str = ""
+) -> jobs_pb2.ListJobsRequest:
     """Makes what asks for the first page of jobs.
 
     Args:
         states: Only jobs in these; all where none is named.
+        owner: Whose; "-" for everybody's, and "" for the caller's own.
 
     Returns:
         The message.
@@ -284,7 +290,7 @@ def encode_list_request(states: str | Sequence[str]) -> jobs_pb2.ListJobsRequest
     """
     words = [states] if isinstance(states, str) else states
     return jobs_pb2.ListJobsRequest(
-        states=[number_of(JOB_STATES, "states", word) for word in words]
+        states=[number_of(JOB_STATES, "states", word) for word in words], owner=owner
     )
 
 
@@ -293,6 +299,7 @@ def encode_read_request(
     start: int,
     count: int | None,
     quantities: Quantity | Sequence[Quantity] | None,
+    owner: str = "",
 ) -> jobs_pb2.ReadJobResultRequest:
     """Makes what asks for results of a range of points.
 
@@ -301,6 +308,7 @@ def encode_read_request(
         start: The first point.
         count: How many; None for all from the first one.
         quantities: Which; None for all of the job's.
+        owner: Whose it is; "" for the caller's own.
 
     Returns:
         The message.
@@ -317,6 +325,7 @@ def encode_read_request(
     words = [quantities] if isinstance(quantities, str) else quantities or ()
     return jobs_pb2.ReadJobResultRequest(
         name=id,
+        owner=owner,
         start=start,
         count=count or 0,
         quantities=[number_of(QUANTITIES, "quantities", word) for word in words],

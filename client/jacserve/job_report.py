@@ -35,6 +35,9 @@ def print_jobs(jobs: Sequence[JobInfo], console: Console) -> None:
     """
     table = Table(box=None, pad_edge=False)
     table.add_column("id", no_wrap=True, overflow="fold")
+    has_owners = any(job.owner for job in jobs)
+    if has_owners:
+        table.add_column("owner")
     for heading in ("state", "function", "quantities"):
         table.add_column(heading)
     for heading in ("progress", "rate", "left", "created"):
@@ -45,6 +48,7 @@ def print_jobs(jobs: Sequence[JobInfo], console: Console) -> None:
         is_running = job.state == "running"
         table.add_row(
             escape(job.id),
+            *([escape(job.owner)] if has_owners else []),
             f"[{color}]{job.state}{escape(reason)}[/{color}]",
             escape(job.function),
             ", ".join(job.quantities),
@@ -68,6 +72,7 @@ def as_json(job: JobInfo) -> dict[str, Any]:
     progress, error = job.progress, job.error
     return {
         "id": job.id,
+        "owner": job.owner,
         "function": job.function,
         "quantities": list(job.quantities),
         "state": job.state,

@@ -91,16 +91,16 @@ class JobCalls:
             message = self._create(request.to_parts(), timeout=timeout_s)
         return Job(self, message)
 
-    def find(self, id: str, timeout_s: float | None) -> "Job":
-        """Looks a job up by its id."""
-        request = jobs_pb2.GetJobRequest(name=id)
-        return Job(self, self.ask(self.stub.GetJob, request, timeout_s))
+    def find(self, id: str, owner: str, timeout_s: float | None) -> "Job":
+        """Looks a job up by its id; see `Client.job`."""
+        request = jobs_pb2.GetJobRequest(name=id, owner=owner)
+        return Job(self, self.ask(self.stub.GetJob, request, timeout_s), owner)
 
     def list(
-        self, states: str | Sequence[str], timeout_s: float | None
+        self, states: str | Sequence[str], owner: str, timeout_s: float | None
     ) -> list[JobInfo]:
         """Lists jobs, page by page; see `Client.jobs`."""
-        request = encode_list_request(states)
+        request = encode_list_request(states, owner)
         found: list[JobInfo] = []
         while True:
             page = self.ask(self.stub.ListJobs, request, timeout_s)
@@ -114,10 +114,10 @@ class JobCalls:
         with translated(self.target):
             return call(request, timeout=timeout_of(timeout_s, self._timeout_s))
 
-    def watch(self, id: str, timeout_s: float) -> Generator[jobs_pb2.Job]:
+    def watch(self, id: str, owner: str, timeout_s: float) -> Generator[jobs_pb2.Job]:
         """Yields a job as it is now, and whenever it has got further."""
         with translated(self.target):
-            request = jobs_pb2.WatchJobRequest(name=id)
+            request = jobs_pb2.WatchJobRequest(name=id, owner=owner)
             call: Any = self.stub.WatchJob(request, timeout=timeout_s)
             try:
                 for news in call:
@@ -153,14 +153,16 @@ class Job:
     as `Client` does: NotFoundError where the job has been deleted.
     """
 
-    def __init__(self, calls: JobCalls, message: jobs_pb2.Job) -> None:
+    def __init__(self, calls: JobCalls, message: jobs_pb2.Job, owner: str = "") -> None:
         """Takes a job that a server has returned.
 
         Args:
             calls: The calls of its server.
             message: The job.
+            owner: Whose it is; "" for the caller's own.
         """
         self._calls = calls
+        self._owner = owner
         self._last = decode_job(message, calls.target)
         self._layout: SparseLayout | None = sparse_layout_of(message.query)
 
@@ -178,7 +180,7 @@ class Job:
         Returns:
             What it computes, its state, and how far it is.
         """
-        request = jobs_pb2.GetJobRequest(name=self.id)
+        request = jobs_pb2.GetJobRequest(name=self.id, owner=self._owner)
         return self._ask(self._calls.stub.GetJob, request, timeout_s)
 
     def progress(self, *, timeout_s: float | None = None) -> JobProgress:
@@ -366,7 +368,7 @@ class Job:
         Returns:
             The job as it is then.
         """
-        request = jobs_pb2.CancelJobRequest(name=self.id)
+        request = jobs_pb2.CancelJobRequest(name=self.id, owner=self._owner)
         return self._ask(self._calls.stub.CancelJob, request, timeout_s)
 
     def delete(self, *, timeout_s: float | None = None) -> None:
@@ -375,7 +377,7 @@ class Job:
         Args:
             timeout_s: Seconds for the call.
         """
-        request = jobs_pb2.DeleteJobRequest(name=self.id)
+        request = jobs_pb2.DeleteJobRequest(name=self.id, owner=self._owner)
         self._calls.ask(self._calls.stub.DeleteJob, request, timeout_s)
 
     def __repr__(self) -> str:
@@ -396,7 +398,9 @@ class Job:
         while True:
             error = None
             try:
-                with closing(self._calls.watch(self.id, news.opens())) as messages:
+                with closing(
+                    self._calls.watch(self.id, self._owner, news.opens())
+                ) as messages:
                     for message in messages:
                         if info := news.hears(message):
                             self._last = info
@@ -416,7 +420,7 @@ class Job:
         timeout_s: float | None = None,
         keep_dense: bool = False,
     ) -> Result:
-        request = encode_read_request(self.id, start, count, quantities)
+        request = encode_read_request(self.id, start, count, quantities, self._owner)
         received = self._calls.read(request, timeout_s)
         return decode_rows(received, self._layout, keep_dense=keep_dense)
 

@@ -15,7 +15,6 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from jacserve import array_files, job_files, job_report
 from jacserve.array_files import ArrayTextError
-from jacserve.channels import DEFAULT_TARGET
 from jacserve.command_line import (
     Cast,
     Cotangents,
@@ -24,10 +23,11 @@ from jacserve.command_line import (
     Mode,
     Name,
     Quantities,
+    Server,
     Tangents,
-    Target,
     Timeout,
     Wrt,
+    calls_server,
     connected,
     stdout_console,
 )
@@ -42,6 +42,13 @@ _CANCELLED = 3
 _SECONDS = {"": 1, "s": 1, "min": 60, "h": 3600, "d": 86400}
 
 Id = Annotated[str, typer.Argument(help="The job's id.")]
+Owner = Annotated[
+    str,
+    typer.Option(
+        help="Whose job, such as token:alice; for administrators.",
+        show_default="one's own",
+    ),
+]
 
 jobs = typer.Typer(
     help="Batch jobs: queries about millions of points.", no_args_is_help=True
@@ -49,7 +56,9 @@ jobs = typer.Typer(
 
 
 @jobs.command()
+@calls_server
 def submit(
+    server: Server,
     name: Name,
     inputs: Annotated[
         list[str] | None,
@@ -117,7 +126,6 @@ def submit(
         bool,
         typer.Option("--detach/--watch", help="Don't wait for the job, or watch it."),
     ] = False,
-    target: Target = DEFAULT_TARGET,
     timeout: Timeout = None,
 ) -> None:
     """Submit a job: a function, at as many points as a file holds.
@@ -128,7 +136,7 @@ def submit(
     options: JobOptions = {"wrt": wrt or (), "mode": mode, "cast": cast}
     if layout is not None:
         options["layout"] = layout
-    with connected(target) as client:
+    with connected(server) as client:
         ttl_s = None if ttl is None else _parse_time(ttl)
         function = client.describe(name, timeout_s=timeout)
         if tangents:
@@ -156,7 +164,7 @@ def submit(
             )
         print(job.id, flush=True)
         if not detach:
-            _exit_with(_watched(job, target, sys.stderr))
+            _exit_with(_watched(job, server, sys.stderr))
 
 
 def _read_points(
@@ -215,7 +223,9 @@ def _parse_time(text: str) -> float:
 
 
 @jobs.command("list")
+@calls_server
 def list_jobs(
+    server: Server,
     states: Annotated[
         list[str] | None,
         typer.Option(
@@ -224,18 +234,28 @@ def list_jobs(
             show_default="all",
         ),
     ] = None,
+    owner: Annotated[
+        str,
+        typer.Option(
+            help="Whose jobs, such as token:alice; for administrators.",
+            show_default="one's own",
+        ),
+    ] = "",
+    everybodys: Annotated[
+        bool, typer.Option("--all", help="Everybody's jobs; for administrators.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    target: Target = DEFAULT_TARGET,
     timeout: Timeout = None,
 ) -> None:
     """List the jobs of a server, the newest first.
 
     Example: jacserve jobs list --state running --state queued
     """
-    with connected(target) as client:
+    with connected(server) as client:
         # A word that does not exist is refused with the list of those that do.
         asked = typing.cast("list[JobState]", states or [])
-        found = client.jobs(asked, timeout_s=timeout)
+        whose = "-" if everybodys else owner
+        found = client.jobs(asked, owner=whose, timeout_s=timeout)
     if as_json:
         print(json.dumps(list(map(job_report.as_json, found)), indent=2))
     else:
@@ -243,29 +263,35 @@ def list_jobs(
 
 
 @jobs.command()
-def watch(id: Id, target: Target = DEFAULT_TARGET, timeout: Timeout = None) -> None:
+@calls_server
+def watch(server: Server, id: Id, owner: Owner = "", timeout: Timeout = None) -> None:
     """Show how far a job is, until it ends. Ctrl-C leaves it running.
 
     Ends with status 0 when the job has succeeded, 1 when it has failed and 3 when it
     was cancelled. Example: jacserve jobs watch night-1
     """
-    with connected(target) as client:
-        job = client.job(id, timeout_s=timeout)
-        _exit_with(_watched(job, target, sys.stdout))
+    with connected(server) as client:
+        job = client.job(id, owner=owner, timeout_s=timeout)
+        _exit_with(_watched(job, server, sys.stdout))
 
 
 @jobs.command()
-def cancel(id: Id, target: Target = DEFAULT_TARGET, timeout: Timeout = None) -> None:
+@calls_server
+def cancel(server: Server, id: Id, owner: Owner = "", timeout: Timeout = None) -> None:
     """Stop a job. What is computed can be fetched with --ready.
 
     Example: jacserve jobs cancel night-1
     """
-    with connected(target) as client:
-        print(job_report.one_line(client.job(id, timeout_s=timeout).cancel()))
+    with connected(server) as client:
+        print(
+            job_report.one_line(client.job(id, owner=owner, timeout_s=timeout).cancel())
+        )
 
 
 @jobs.command()
+@calls_server
 def fetch(
+    server: Server,
     id: Id,
     output: Annotated[
         Path,
@@ -293,18 +319,18 @@ def fetch(
             "not computed.",
         ),
     ] = False,
-    target: Target = DEFAULT_TARGET,
+    owner: Owner = "",
     timeout: Timeout = None,
 ) -> None:
     """Write the results of a job to a file; wait for the job if need be.
 
     Example: jacserve jobs fetch night-1 -o night-1.npz
     """
-    with connected(target) as client:
+    with connected(server) as client:
         job_files.check_path(output)  # Before the minutes that it would waste.
-        job = client.job(id, timeout_s=timeout)
+        job = client.job(id, owner=owner, timeout_s=timeout)
         if not ready and not job.done():
-            ended = _watched(job, target, sys.stderr)
+            ended = _watched(job, server, sys.stderr)
             if ended.state != "succeeded":
                 _exit_with(ended)
         count = job.progress().ready_count if ready else None
@@ -333,22 +359,22 @@ def fetch(
 
 
 @jobs.command()
-def delete(id: Id, target: Target = DEFAULT_TARGET, timeout: Timeout = None) -> None:
+@calls_server
+def delete(server: Server, id: Id, owner: Owner = "", timeout: Timeout = None) -> None:
     """Stop a job and delete it, with its points and its results.
 
     Example: jacserve jobs delete night-1
     """
-    with connected(target) as client:
-        client.job(id, timeout_s=timeout).delete()
+    with connected(server) as client:
+        client.job(id, owner=owner, timeout_s=timeout).delete()
     print(f"{id} is deleted.")
 
 
-def _watched(job: Job, target: str, stream: IO[str]) -> JobInfo:
+def _watched(job: Job, server: Server, stream: IO[str]) -> JobInfo:
     """Watches a job to its end; Ctrl-C ends the program, and not the job."""
-    elsewhere = "" if target == DEFAULT_TARGET else f" --target {target}"
     with _interrupted(
         "Detached. The job goes on; come back with: "
-        f"jacserve jobs watch {job.id}{elsewhere}"
+        f"jacserve jobs watch {job.id}{server.arguments()}"
     ):
         job_report.follow(job.watch(), stream)
     return job.wait()

@@ -10,6 +10,22 @@ _LONGEST_S = 5.0
 
 # Before each further attempt to send something whole.
 RESEND_AFTER_S = (0.2, 0.5, 1.0)
+_RETRY_AFTER_S = 0.1
+_LONGEST_RETRY_S = 1.0
+
+
+def retry_after_s(attempt: int, told_s: float = 0.0) -> float:
+    """Tells how long to wait before an evaluation is sent again.
+
+    Args:
+        attempt: How often it was sent again before.
+        told_s: The least that the server has asked for, in seconds.
+
+    Returns:
+        Seconds: longer each time, and not the same for all clients.
+    """
+    back_off_s = min(_RETRY_AFTER_S * 2**attempt, _LONGEST_RETRY_S)
+    return max(told_s, back_off_s) * random.uniform(1.0, 1.5)
 
 
 class Patience:

@@ -7,6 +7,7 @@ each other. When the stream breaks, all who wait are told; the next call opens a
 import queue
 import struct
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
@@ -81,6 +82,12 @@ class _Stream:
         self._requests.put(_encode_id.pack(_ID_TAG, id_) + message)
         return True
 
+    def end(self) -> None:
+        """Lets those that wait have their answers; takes nothing new."""
+        with self._lock:
+            self.is_open = False
+        self._requests.put(None)
+
     def drop(self, id_: int) -> None:
         """Has the server drop a query that nobody waits for any more."""
         if self._waiting.pop(id_, None) is not None:
@@ -95,11 +102,18 @@ class _Stream:
         if threading.get_ident() != self.reader_id:
             self._reader.join()
 
+    @staticmethod
+    def _is_going(answer: JacobianError) -> bool:
+        """Whether the server goes away: another stream may lead to another server."""
+        return answer.reason == "SHUTTING_DOWN"
+
     def _read(self) -> None:
         error: JacobianError
         try:
             for raw in self._call:
                 id_, answer = _read_response(raw, self._target)
+                if isinstance(answer, JacobianError) and self._is_going(answer):
+                    self.end()
                 if (take := self._waiting.pop(id_, None)) is not None:
                     take(answer)
             error = UnavailableError("The session has ended.", code="UNAVAILABLE")
@@ -167,12 +181,13 @@ class Session(Evaluator):
     def __init__(
         self,
         open_stream: Opener,
-        send: Callable[[float | None, Step], Answer],
+        send: Callable[[Step], Answer],
         *,
         encoder: QueryEncoder,
         memory: Memory,
         target: str,
         timeout_s: float | None,
+        retries: int,
         window: int,
     ) -> None:
         """Opens no stream yet.
@@ -184,6 +199,7 @@ class Session(Evaluator):
             memory: What the client remembers.
             target: The server's address, for messages.
             timeout_s: The timeout of calls that name none, in seconds.
+            retries: How often an evaluation may be sent again.
             window: How many submitted queries may be without an answer.
         """
         if window < 1:
@@ -194,6 +210,7 @@ class Session(Evaluator):
         self._memory = memory
         self._target = target
         self._timeout_s = timeout_s
+        self._retries = retries
         self._ids = count(1)
         self._lock = threading.Lock()
         self._stream: _Stream | None = None
@@ -252,7 +269,7 @@ class Session(Evaluator):
         self._check_open()
         ask = self._encoder.encode(function, inputs, quantities, options)
         timeout_s = timeout_of(options.get("timeout_s"), self._timeout_s)
-        return drive(evaluation(ask, self._memory), partial(self._send, timeout_s))
+        return drive(self._evaluation(ask, timeout_s), self._send)
 
     def submit(
         self,
@@ -298,17 +315,18 @@ class Session(Evaluator):
         if timeout_s is not None:
             # The server looks at it, too, if it is still there.
             self._alarms.set(timeout_s, partial(self._expire, ref(future)))
-        steps = evaluation(ask, self._memory)
+        steps = self._evaluation(ask, timeout_s)
         try:
-            self._advance(future, steps, timeout_s, next(steps))
+            self._advance(future, steps, next(steps))
         except BaseException:
             future.cancel()
             raise
         return future
 
-    def _advance(
-        self, future: _Submitted, steps: _Steps, timeout_s: float | None, step: Step
-    ) -> None:
+    def _evaluation(self, ask: Ask, timeout_s: float | None) -> _Steps:
+        return evaluation(ask, self._memory, timeout_s=timeout_s, retries=self._retries)
+
+    def _advance(self, future: _Submitted, steps: _Steps, step: Step) -> None:
         """Sends a step of a submitted evaluation, and goes on when its answer comes."""
 
         def proceed(answer: Answer | JacobianError) -> None:
@@ -319,7 +337,7 @@ class Session(Evaluator):
                     following = steps.throw(answer)
                 else:
                     following = steps.send(answer)
-                self._advance(future, steps, timeout_s, following)
+                self._advance(future, steps, following)
             except StopIteration as stop:
                 if future.settle():
                     future.set_result(stop.value)
@@ -329,28 +347,47 @@ class Session(Evaluator):
 
         def send_alone() -> None:
             try:
-                answer = self._send_alone(timeout_s, step)
+                answer = self._send_alone(step._replace(delay_s=0.0))
             except JacobianError as error:
                 proceed(error)
             else:
                 proceed(answer)
 
-        if step.is_streamed:
-            future.drop = self._pool.submit(send_alone).cancel
-        else:
-            id_, stream = self._post(step, timeout_s, proceed)
-            future.drop = partial(stream.drop, id_)
+        def go() -> None:
+            if step.is_streamed:
+                future.drop = self._pool.submit(send_alone).cancel
+            else:
+                id_, stream = self._post(step, proceed)
+                future.drop = partial(stream.drop, id_)
 
-    def _send(self, timeout_s: float | None, step: Step) -> Answer:
+        def go_late() -> None:
+            if future.done():
+                return
+            try:
+                go()
+            except Exception as error:  # The session has been closed.
+                if future.settle():
+                    future.set_exception(error)
+
+        if step.delay_s:
+            future.drop = lambda: None
+            self._alarms.set(step.delay_s, go_late)
+        else:
+            go()
+
+    def _send(self, step: Step) -> Answer:
+        timeout_s = step.timeout_s
         if step.is_streamed:
-            return self._send_alone(timeout_s, step)
+            return self._send_alone(step)
         if self._is_reading:
             raise RuntimeError(
                 "a callback of a session waits for an answer of the same session, and "
                 "holds up the thread that reads answers. Use submit."
             )
+        if step.delay_s:
+            time.sleep(step.delay_s)
         inbox: queue.SimpleQueue[bytes | JacobianError] = queue.SimpleQueue()
-        id_, stream = self._post(step, timeout_s, inbox.put)
+        id_, stream = self._post(step, inbox.put)
         try:
             answer = inbox.get(timeout=None if timeout_s is None else max(timeout_s, 0))
         except queue.Empty:
@@ -363,10 +400,8 @@ class Session(Evaluator):
             raise answer
         return answer
 
-    def _post(
-        self, step: Step, timeout_s: float | None, take: _Taker
-    ) -> tuple[int, _Stream]:
-        raw = step.ask.to_bytes()
+    def _post(self, step: Step, take: _Taker) -> tuple[int, _Stream]:
+        raw, timeout_s = step.ask.to_bytes(), step.timeout_s
         message = framing.bytes_field(_QUERY, len(raw)) + raw
         if timeout_s is not None:
             timeout = Duration(seconds=int(timeout_s), nanos=int(timeout_s % 1 * 1e9))

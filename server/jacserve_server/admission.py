@@ -8,6 +8,7 @@ Length Thresholds for Shared-Memory Packet Switches (1998).
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 
 from jacserve_server.errors import ServiceError
@@ -22,6 +23,19 @@ def shutting_down() -> ServiceError:
         "the server is shutting down. Try again, or another server.",
         retry_after_s=_RETRY_AFTER_S,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """What is in flight, of all clients or of one.
+
+    Attributes:
+        queries: Queries that have no answer yet.
+        size_bytes: Their bytes.
+    """
+
+    queries: int
+    size_bytes: int
 
 
 class Ticket:
@@ -97,6 +111,24 @@ class Admission:
         self._size_bytes = 0
         # Those that have something in flight, so that it does not grow for ever.
         self._shares: dict[str, _Share] = {}
+
+    @property
+    def in_flight(self) -> InFlight:
+        """What is in flight, of all clients."""
+        return InFlight(self.queries, self._size_bytes)
+
+    @property
+    def most(self) -> InFlight:
+        """What may be in flight."""
+        return InFlight(self._max_queries, self._max_bytes)
+
+    @property
+    def shares(self) -> dict[str, InFlight]:
+        """What is in flight, by client."""
+        return {
+            client: InFlight(share.queries, share.size_bytes)
+            for client, share in self._shares.items()
+        }
 
     @property
     def is_closed(self) -> bool:

@@ -39,6 +39,9 @@ class Call:
         request_id: Finds the call in the log.
         start: When it came, by `time.perf_counter`.
         function: Name and version of what it is about, once that is known.
+        queue_s: Seconds that it waited for a device; 0 where it did not.
+        compile_s: Seconds that it waited for its program.
+        execute_s: Seconds of running it.
     """
 
     method: str
@@ -46,6 +49,9 @@ class Call:
     request_id: str
     start: float
     function: str = ""
+    queue_s: float = 0.0
+    compile_s: float = 0.0
+    execute_s: float = 0.0
 
     @property
     def client(self) -> str:

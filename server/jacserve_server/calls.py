@@ -14,7 +14,7 @@ from collections.abc import (
 )
 from contextlib import aclosing
 from functools import partial
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grpc
 import grpc.aio
@@ -29,8 +29,6 @@ from jacserve_server.statuses import explained, status_of
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 M = TypeVar("M", bound=Message | bytes)
-# What a call has failed with; a cancelled call, with being cancelled.
-Failure: TypeAlias = ServiceError | asyncio.CancelledError | GeneratorExit
 # Makes the handler of a call; reads its requests, and writes its responses: None for
 # those that are bytes in and out.
 Handler = tuple[Any, Any, Any]
@@ -39,19 +37,27 @@ Handler = tuple[Any, Any, Any]
 class Observer(Protocol):
     """Hears of calls that have ended."""
 
-    def ended(self, call: Call | None, method: str, failure: Failure | None) -> None:
-        """Takes note of a call.
+    def ended(
+        self, call: Call | None, method: str, failure: BaseException | None
+    ) -> None:
+        """Takes note of a call, or of a query of a session.
 
         Args:
             call: The call; None where it was not let in.
             method: The RPC's name.
-            failure: Why it has no answer; None where it has one.
+            failure: Why it has no answer: a ServiceError, a TimeoutError, or the
+                exception of being cancelled; None where it has one.
         """
         ...
 
 
 class Boundary:
-    """Lets calls in, and turns whatever fails into their statuses."""
+    """Lets calls in, and turns whatever fails into their statuses.
+
+    Attributes:
+        observer: Hears of what became of each call.
+        streams: How many calls are open that have any number of answers.
+    """
 
     def __init__(self, gate: Gate, observer: Observer) -> None:
         """Keeps its collaborators.
@@ -60,8 +66,9 @@ class Boundary:
             gate: Lets callers in.
             observer: Hears of what became of each call.
         """
+        self.observer = observer
+        self.streams = 0
         self._gate = gate
-        self._observer = observer
 
     async def answer(
         self,
@@ -86,12 +93,12 @@ class Boundary:
             call = self._gate.admit(method, context)
             found = await answering(call)
         except asyncio.CancelledError as error:
-            self._observer.ended(call, method, error)
+            self.observer.ended(call, method, error)
             raise
         except Exception as error:
             self._fail(context, call, method, error)
             return empty()
-        self._observer.ended(call, method, None)
+        self.observer.ended(call, method, None)
         return found
 
     async def stream(
@@ -111,6 +118,7 @@ class Boundary:
             The answers.
         """
         call: Call | None = None
+        self.streams += 1
         try:
             call = self._gate.admit(method, context)
             async with aclosing(answering(call)) as answers:
@@ -118,12 +126,14 @@ class Boundary:
                     self._gate.readmit(call)
                     yield each
         except (asyncio.CancelledError, GeneratorExit) as error:
-            self._observer.ended(call, method, error)
+            self.observer.ended(call, method, error)
             raise
         except Exception as error:
             self._fail(context, call, method, error)
         else:
-            self._observer.ended(call, method, None)
+            self.observer.ended(call, method, None)
+        finally:
+            self.streams -= 1
 
     def admits(self, context: Any, method: str) -> bool:
         """Lets a call in that others answer, or fails it.
@@ -171,7 +181,7 @@ class Boundary:
         context.set_code(_STATUS_CODES[failure.code])
         context.set_details(failure.message)
         context.set_trailing_metadata((("grpc-status-details-bin", status),))
-        self._observer.ended(call, method, failure)
+        self.observer.ended(call, method, failure)
 
 
 def add_handlers(

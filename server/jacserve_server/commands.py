@@ -89,6 +89,20 @@ def serve(
             help="Listen to a network with neither TLS nor tokens: all may call.",
         ),
     ] = False,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            help="TCP port for Prometheus; 0 takes a free one.", show_default="none"
+        ),
+    ] = None,
+    open_telemetry: Annotated[
+        bool | None,
+        typer.Option(
+            "--open-telemetry",
+            help="Send spans, as the OTEL_ environment has it.",
+            show_default="no",
+        ),
+    ] = None,
     config: ConfigFile = None,
 ) -> None:
     """Serve the functions of files and modules, until SIGTERM or Ctrl-C.
@@ -122,6 +136,8 @@ def serve(
         tls_key=tls_key,
         tls_client_ca=tls_client_ca,
         insecure=insecure or None,
+        metrics_port=metrics_port,
+        open_telemetry=open_telemetry,
     )
     _set_allocator(settings)
     for name in os.environ:

@@ -3,7 +3,7 @@
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import platformdirs
 from pydantic import AfterValidator, Field, model_validator
@@ -85,8 +85,16 @@ class Config(BaseSettings):
         max_finished_jobs: Jobs kept that have ended; the oldest goes first.
         max_upload_bytes: The most that the arrays of one job may take.
         job_ttl_s: Seconds for which a job is kept after it has ended.
-        grace_s: Seconds that running calls get to finish at shutdown.
-        log_level: How much is logged: "debug", "info", "warning" or "error".
+        drain_delay_s: Seconds for which calls are still answered at shutdown while
+            health says NOT_SERVING, so that load balancers can turn away first.
+        grace_s: Seconds that running calls get to finish after that.
+        log_level: How much is logged: "debug", with a line for each call, "info",
+            "warning" or "error".
+        log_format: "text" for a terminal, "json", or "auto" for whichever fits.
+        metrics_host: Address to answer Prometheus on; anybody who reaches it may ask.
+        metrics_port: TCP port to answer Prometheus on; 0 takes a free one, None has
+            none.
+        open_telemetry: Whether to send spans, as the OTEL_ environment has it.
     """
 
     model_config = SettingsConfigDict(
@@ -137,8 +145,13 @@ class Config(BaseSettings):
     max_finished_jobs: int = Field(default=1000, ge=0)
     max_upload_bytes: int = Field(default=2**36, ge=2**10)
     job_ttl_s: float = Field(default=7 * 86400.0, ge=0)
+    drain_delay_s: float = Field(default=0.0, ge=0)
     grace_s: float = Field(default=30.0, ge=0)
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
+    log_format: Literal["auto", "text", "json"] = "auto"
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    open_telemetry: bool = False
 
     @model_validator(mode="after")
     def _has_whole_pairs(self) -> "Config":

@@ -3,11 +3,12 @@
 import asyncio
 import functools
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -52,6 +53,38 @@ T = TypeVar("T")
 
 # What a compiled program depends on: two ways to ask may be decided alike.
 _Decided = tuple[ProgramKey, Strategy]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceState:
+    """How a device is.
+
+    Attributes:
+        name: Its name, such as "gpu:0".
+        kind: Its kind, such as "NVIDIA H200".
+        used_bytes: Bytes in use there; 0 where it can't be told, as on a CPU.
+        limit_bytes: Bytes that may be used there; 0 where it can't be told.
+    """
+
+    name: str
+    kind: str
+    used_bytes: int
+    limit_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramsState:
+    """How many programs there are.
+
+    Attributes:
+        count: Programs that are kept, or being made, on all devices.
+        most: Programs that may be kept, on all devices.
+        compile_s: Seconds that were spent on making them, on all threads.
+    """
+
+    count: int
+    most: int
+    compile_s: float
 
 
 class DeviceError(Exception):
@@ -117,6 +150,16 @@ def _memory(device: Device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def _state(device: Device) -> DeviceState:
+    stats = device.memory_stats() or {}
+    return DeviceState(
+        device_name(device),
+        device.device_kind,
+        stats.get("bytes_in_use", 0),
+        stats.get("bytes_limit", 0),
+    )
+
+
 def default_threads(devices: Sequence[Device]) -> int:
     """Returns how many programs run at once on each device by default.
 
@@ -179,8 +222,12 @@ class Executor:
         """
         self._measured = measured
         self._find = find
+        self._devices = (device, *others)
         self._device = device
         self._limits = limits
+        self._max_programs = max_programs
+        self._making = threading.Lock()
+        self._compile_s = 0.0
         self.places = 1 + len(others)
         self._replicas = Replicas(
             find, others, max_programs=max_programs, limits=limits
@@ -197,6 +244,16 @@ class Executor:
         # These serve every batch size and every set of quantities.
         self._results = functools.lru_cache(maxsize=max_programs)(self._trace)
         self._sparsity = functools.lru_cache(maxsize=max_programs)(self._find_sparsity)
+
+    def devices(self) -> list[DeviceState]:
+        """Returns how the devices are. Any thread may call."""
+        return list(map(_state, self._devices))
+
+    @property
+    def programs(self) -> ProgramsState:
+        """How many programs there are."""
+        count = len(self._programs) + len(self._replicas)
+        return ProgramsState(count, self._max_programs * self.places, self._compile_s)
 
     def ready(self, key: ProgramKey) -> Program | None:
         """Returns a program that is compiled already, else None."""
@@ -218,12 +275,13 @@ class Executor:
             ServiceError: It can't be compiled.
         """
         function = self._find(key.computation.function)
-        deciding = partial(_contained, self._decide, function, key)
+        deciding = partial(self._make, self._decide, function, key)
         decided, decision = await self._decisions.get(key, deciding)
+        device, limits = self._device, self._limits
         compiling = partial(
-            compile_program, function, key, decision, self._device, self._limits
+            self._make, compile_program, function, key, decision, device, limits
         )
-        return await self._programs.get(decided, partial(_contained, compiling))
+        return await self._programs.get(decided, compiling)
 
     async def fingerprint(self, key: ProgramKey) -> str:
         """Identifies what a program computes, in this process and in later ones.
@@ -328,6 +386,15 @@ class Executor:
         self._replicas.close()
         self._compile_threads.shutdown(wait=False, cancel_futures=True)
         self._device_threads.close()
+
+    def _make(self, call: Callable[..., T], *arguments: Any) -> T:
+        """Makes a part of a program in this thread, and adds up what that takes."""
+        start = time.monotonic()
+        try:
+            return _contained(call, *arguments)
+        finally:
+            with self._making:
+                self._compile_s += time.monotonic() - start
 
     def _decide(
         self, function: RegisteredFunction, key: ProgramKey

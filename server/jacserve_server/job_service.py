@@ -63,6 +63,14 @@ class JobService:
         finally:
             self._opening = None
 
+    async def counts(self) -> Mapping[str, int]:
+        """Returns how many jobs are in each state; none before jobs were asked for.
+
+        Raises:
+            ServiceError: The table can't be read.
+        """
+        return {} if self._desk is None else await self._desk.counts()
+
     async def stop(self) -> None:
         """Stops all jobs; they go on when a server starts again."""
         self._is_stopped = True

@@ -53,6 +53,10 @@ class Replicas:
         ]
         self._on_ready: Callable[[], None] = lambda: None
 
+    def __len__(self) -> int:
+        """Returns how many programs there are, on all further devices."""
+        return sum(map(len, self._programs))
+
     def when_ready(self, call: Callable[[], None]) -> None:
         """Has a function called whenever a program got ready on another device."""
         self._on_ready = call

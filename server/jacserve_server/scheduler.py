@@ -17,12 +17,13 @@ from functools import partial
 from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
-from jacserve_server.admission import Admission, Ticket
+from jacserve_server.admission import Admission, InFlight, Ticket
 from jacserve_server.batches import bucket_for
 from jacserve_server.coalescing import Gain, Gains, buckets_to_measure, together
 from jacserve_server.errors import ServiceError
 from jacserve_server.fair_queue import FairQueue
 from jacserve_server.sharding import divided, joined, part_rows
+from jacserve_server.tallies import Tallies
 from jacserve_server.work import (
     Computation,
     Outcome,
@@ -119,11 +120,35 @@ class _Waiting(Generic[P]):
     is_queued: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a scheduler has to do now.
+
+    Attributes:
+        in_flight: What is in flight.
+        most: What may be in flight.
+        shares: What is in flight, by client.
+        waiting: Pieces of work that wait for a device.
+        background: Pieces of background work that wait for one.
+        slots: How many pieces of work each device runs at once.
+        running: How many each runs now.
+    """
+
+    in_flight: InFlight
+    most: InFlight
+    shares: dict[str, InFlight]
+    waiting: int
+    background: int
+    slots: int
+    running: tuple[int, ...]
+
+
 class Scheduler(Generic[P]):
     """Bounds what is in flight, queues it, and drains. Used from one event loop.
 
     Attributes:
         gains: What was measured of computing points together.
+        tallies: Counts what is computed.
     """
 
     def __init__(
@@ -146,6 +171,7 @@ class Scheduler(Generic[P]):
             shard_rows: Batches of at least so many rows are divided among devices.
         """
         self.gains = Gains()
+        self.tallies = Tallies()
         self._executor = executor
         self._slots = slots
         self._free_slots = [slots] * executor.places
@@ -159,6 +185,19 @@ class Scheduler(Generic[P]):
         self._alike: dict[Computation, FairQueue[_Waiting[P]]] = {}
         self._running: set[asyncio.Future[list[Outcome]]] = set()
         self._idle = asyncio.Event()
+
+    @property
+    def load(self) -> Load:
+        """What it has to do now."""
+        return Load(
+            self._admission.in_flight,
+            self._admission.most,
+            self._admission.shares,
+            len(self._queue),
+            len(self._background),
+            self._slots,
+            tuple(self._slots - free for free in self._free_slots),
+        )
 
     def admitted(self, size_bytes: int, client: str = "") -> Ticket:
         """Counts a query as in flight, from its arrival to its answer.
@@ -192,7 +231,9 @@ class Scheduler(Generic[P]):
         if program is None or not self._executor.is_brief(program):
             return None
         self._check_size(program, work, max_result_bytes)
-        return self._executor.run_now(program, work)
+        outcome = self._executor.run_now(program, work)
+        self.tallies.program_hits += 1
+        return self._counted(work, outcome)
 
     async def submit(
         self,
@@ -223,13 +264,17 @@ class Scheduler(Generic[P]):
             rows = part_rows(rows, self._executor.places)
         key = ProgramKey(work.computation, bucket_for(rows))
         program, compile_s = self._executor.ready(key), 0.0
+        if ticket is not None:
+            self._count_program(is_ready=program is not None)
         if program is None:
             program = await self._executor.prepare(key)
             compile_s = time.monotonic() - start
         self._check_size(program, work, max_result_bytes)
         if rows == work.batch and self._executor.is_brief(program):
             outcome = self._executor.run_now(program, work)
-            return replace(outcome, compile_s=compile_s) if compile_s else outcome
+            if compile_s:
+                outcome = replace(outcome, compile_s=compile_s)
+            return outcome if ticket is None else self._counted(work, outcome)
         if ticket is not None:
             size_bytes = self._executor.result_bytes(program, work)
             if size_bytes > _FREE_BYTES:
@@ -240,7 +285,9 @@ class Scheduler(Generic[P]):
             is_point = rows is None and not work.is_exact
             kind = work.computation if is_point else None
             [outcome] = await self._in_turn(program, [work], client, kind)
-        return replace(outcome, compile_s=compile_s) if compile_s else outcome
+        if compile_s:
+            outcome = replace(outcome, compile_s=compile_s)
+        return outcome if ticket is None else self._counted(work, outcome)
 
     async def submit_background(self, work: Work, client: str) -> Outcome:
         """Executes work when no query needs the device.
@@ -259,11 +306,28 @@ class Scheduler(Generic[P]):
         """
         start = time.monotonic()
         key = ProgramKey(work.computation, bucket_for(work.batch))
-        program = self._executor.ready(key) or await self._executor.prepare(key)
+        program = self._executor.ready(key)
+        self._count_program(is_ready=program is not None)
+        if program is None:
+            program = await self._executor.prepare(key)
         compile_s = time.monotonic() - start
         waiting = self._enter_queue(program, [work], client, None, self._background)
         [outcome] = await self._answer(waiting)
-        return replace(outcome, compile_s=compile_s)
+        outcome = replace(outcome, compile_s=compile_s)
+        return self._counted(work, outcome, is_job=True)
+
+    def _count_program(self, *, is_ready: bool) -> None:
+        if is_ready:
+            self.tallies.program_hits += 1
+        else:
+            self.tallies.program_misses += 1
+
+    def _counted(
+        self, work: Work, outcome: Outcome, *, is_job: bool = False
+    ) -> Outcome:
+        function = work.computation.function
+        self.tallies.count_outcome(function, work.batch, outcome, is_job=is_job)
+        return outcome
 
     def _check_size(self, program: P, work: Work, max_result_bytes: int | None) -> None:
         self._executor.check_size(program, work)

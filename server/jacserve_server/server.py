@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection
 
-from jacserve.v1 import jacobian_pb2 as pb, jobs_pb2
+from jacserve.v1 import admin_pb2, jacobian_pb2 as pb, jobs_pb2
 from jacserve_server import (
+    admin_service,
     compile_cache,
     exposure,
     job_service,
@@ -30,14 +31,16 @@ from jacserve_server import (
     xla_threads,
 )
 from jacserve_server.access import Gate, GuardedGate, OpenGate
+from jacserve_server.admin_service import AdminService
 from jacserve_server.batches import bucket_for
-from jacserve_server.callers import Call
-from jacserve_server.calls import Boundary, Failure
+from jacserve_server.calls import Boundary
 from jacserve_server.catalog import Catalog, RegisteredFunction
 from jacserve_server.config import Config
 from jacserve_server.errors import ServiceError
 from jacserve_server.job_service import JobService
 from jacserve_server.machine import Machine, build_machine
+from jacserve_server.observation import CallObserver
+from jacserve_server.overview import Overview
 from jacserve_server.registration import build_catalog
 from jacserve_server.registry import Registry, WarmUp
 from jacserve_server.service import JacobianService, add_to_server
@@ -47,12 +50,16 @@ from jacserve_server.tokens import TokenFile
 from jacserve_server.warmup import first_work, further_work, single_point
 from jacserve_server.work import Work
 
+if TYPE_CHECKING:
+    from jacserve_server.metrics import MetricsPort
+
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 _SERVICES = (
     pb.DESCRIPTOR.services_by_name["JacobianService"].full_name,
     jobs_pb2.DESCRIPTOR.services_by_name["JobService"].full_name,
+    admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
 )
 # The largest message received; larger queries come in parts. It is gRPC's default.
 _MESSAGE_BYTES = 4 * 2**20
@@ -64,11 +71,6 @@ class AddressError(Exception):
 
 class WarmUpError(Exception):
     """A function can't be made ready; the text says why."""
-
-
-class _Unobserved:
-    def ended(self, call: Call | None, method: str, failure: Failure | None) -> None:
-        pass
 
 
 class Server:
@@ -94,6 +96,8 @@ class Server:
         gate = _gate(config)
         machine = build_machine(catalog, config)
         self._executor, self._scheduler = machine.executor, machine.scheduler
+        self._is_serving = False
+        self._metrics: MetricsPort | None = None
         self._warming: asyncio.Task[None] | None = None
         self._resuming: asyncio.Task[None] | None = None
         self._warm_ups = [
@@ -115,7 +119,7 @@ class Server:
                 ("grpc.http.overload_protection", 0),
             ]
         )
-        boundary = Boundary(gate, _Unobserved())
+        boundary = Boundary(gate, CallObserver(self._scheduler.tallies))
         self._service = JacobianService(
             catalog,
             self._scheduler,
@@ -124,7 +128,15 @@ class Server:
             boundary,
         )
         self._jobs = JobService(partial(_open_desk, catalog, machine, config), boundary)
+        self._overview = Overview(
+            machine,
+            is_serving=lambda: self._is_serving,
+            streams=lambda: boundary.streams,
+            jobs=self._jobs.counts,
+        )
+        admin = AdminService(self._overview, self._service.describe, boundary)
         add_to_server(self._service, self._server, boundary)
+        admin_service.add_to_server(admin, self._server, boundary)
         job_service.add_to_server(self._jobs, self._server, boundary)
         probes.add_health(
             self._health, self._server, None if config.open_health else boundary
@@ -158,15 +170,18 @@ class Server:
             ) from error
         # Before it can be asked: by itself it would say SERVING.
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        await self._server.start()
         try:
+            self._metrics = await self._open_metrics()
+            await self._server.start()
             for function, warm_up in self._warm_ups:
                 await self._warm_up(function.spec, first_work(function.spec, warm_up))
         except BaseException:  # It was cancelled, or can't be made ready.
             await self._server.stop(None)
+            await self._close_metrics()
             self._executor.close()
             raise
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._is_serving = True
         self._warming = asyncio.create_task(self._warm_up_further())
         self._resuming = asyncio.create_task(self._resume_jobs())
         return f"{address}:{bound}"
@@ -182,6 +197,33 @@ class Server:
         if self._credentials is None:
             return self._server.add_insecure_port(address)
         return self._server.add_secure_port(address, self._credentials)
+
+    @property
+    def metrics_url(self) -> str:
+        """Where Prometheus is answered; "" where it is not."""
+        return "" if self._metrics is None else self._metrics.url
+
+    async def _open_metrics(self) -> "MetricsPort | None":
+        host, port = self._config.metrics_host.strip("[]"), self._config.metrics_port
+        if port is None:
+            return None
+        from jacserve_server.metrics import MetricsPort
+
+        loop = asyncio.get_running_loop()
+        try:
+            opened = MetricsPort(self._overview, loop, host=host, port=port)
+        except OSError as error:
+            raise AddressError(
+                f"can't answer Prometheus on {host}:{port}: "
+                f"{error.strerror or error}. Pass another --metrics-port, or 0 for a "
+                "free one; metrics_host takes an address of this machine."
+            ) from error
+        _log.info("metrics are on %s", opened.url)
+        return opened
+
+    async def _close_metrics(self) -> None:
+        if self._metrics is not None:
+            await asyncio.to_thread(self._metrics.close)
 
     async def _set_health(self, status: Any) -> None:
         for name in ("", *_SERVICES):
@@ -242,6 +284,7 @@ class Server:
         for task in (self._warming, self._resuming):
             if task is not None:
                 task.cancel()
+        self._is_serving = False
         await self._health.enter_graceful_shutdown()
         try:
             async with asyncio.timeout(self._config.grace_s):
@@ -255,6 +298,7 @@ class Server:
         await self._server.stop(grace=max(deadline - time.monotonic(), 0.1))
         await self._jobs.close()
         self._executor.close()
+        await self._close_metrics()
         return is_drained
 
 
@@ -376,9 +420,11 @@ class RunningServer:
 
     Attributes:
         target: The address to call.
+        metrics_url: Where Prometheus is answered; "" where it is not.
     """
 
     target: str
+    metrics_url: str = ""
 
 
 @contextmanager
@@ -416,7 +462,7 @@ def serving(*registries: Registry, **settings: Any) -> Generator[RunningServer]:
 
 
 def _served(catalog: Catalog, config: Config) -> Generator[RunningServer]:
-    started: Future[str] = Future()
+    started: Future[RunningServer] = Future()
     stop: Future[None] = Future()
     thread = threading.Thread(
         target=run,
@@ -425,14 +471,17 @@ def _served(catalog: Catalog, config: Config) -> Generator[RunningServer]:
     )
     thread.start()
     try:
-        yield RunningServer(started.result())
+        yield started.result()
     finally:
         stop.set_result(None)
         thread.join()
 
 
 async def _serve_until_told(
-    catalog: Catalog, config: Config, started: Future[str], stop: Future[None]
+    catalog: Catalog,
+    config: Config,
+    started: Future[RunningServer],
+    stop: Future[None],
 ) -> None:
     try:
         server = Server(catalog, config)
@@ -440,6 +489,6 @@ async def _serve_until_told(
     except BaseException as error:
         started.set_exception(error)
         return
-    started.set_result(target)
+    started.set_result(RunningServer(target, server.metrics_url))
     await asyncio.wrap_future(stop)
     await server.stop()

@@ -1,6 +1,7 @@
 """The servicer of JacobianService: decode, submit, encode."""
 
 import asyncio
+import time
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -10,7 +11,7 @@ from collections.abc import (
 )
 from contextlib import aclosing
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -22,7 +23,7 @@ from jacserve.streaming import Assembly, StreamError
 from jacserve.v1 import jacobian_pb2 as pb
 from jacserve.vocabulary import Quantity
 from jacserve_server.callers import Call
-from jacserve_server.calls import Boundary, Handler, add_handlers
+from jacserve_server.calls import Boundary, Handler, Observer, add_handlers
 from jacserve_server.catalog import Catalog
 from jacserve_server.errors import ServiceError
 from jacserve_server.measurements import Measurement
@@ -42,6 +43,8 @@ from jacserve_server.sessions import Session
 from jacserve_server.signature import FunctionSpec
 from jacserve_server.statuses import explained, status_of
 from jacserve_server.work import Outcome
+
+T = TypeVar("T")
 
 _DEFAULT_PAGE, _LARGEST_PAGE = 100, 1000
 
@@ -75,7 +78,8 @@ class JacobianService:
         self._catalog = catalog
         self._scheduler = scheduler
         self._measured = measured
-        self._reader = RequestReader(lambda name: catalog.find(name).spec)
+        self._found = ""
+        self._reader = RequestReader(self._find)
         self._writer = ReplyWriter()
         self._sessions: set[Session] = set()
 
@@ -126,7 +130,7 @@ class JacobianService:
     async def _session(
         self, requests: AsyncIterator[bytes], call: Call
     ) -> AsyncGenerator[bytes]:
-        session = Session(_Answerer(self, call))
+        session = Session(_Answerer(self, call, self._boundary.observer))
         self._sessions.add(session)
         try:
             raws = self._boundary.requests(requests, call)
@@ -170,7 +174,21 @@ class JacobianService:
         )
 
     async def _get(self, request: pb.GetFunctionRequest, call: Call) -> pb.Function:
-        return self._encoded(self._catalog.find(request.name).spec)
+        return self.describe(request.name)
+
+    def describe(self, name: str) -> pb.Function:
+        """Describes a function.
+
+        Args:
+            name: Its name, perhaps with a version.
+
+        Returns:
+            The description.
+
+        Raises:
+            ServiceError: There is none.
+        """
+        return self._encoded(self._catalog.find(name).spec)
 
     def _encoded(self, spec: FunctionSpec) -> pb.Function:
         return encode_function(spec, self._measured(spec.qualified_name))
@@ -178,6 +196,7 @@ class JacobianService:
     async def _sparsity(self, request: pb.GetSparsityRequest, call: Call) -> bytes:
         with self._scheduler.admitted(request.ByteSize(), call.client):
             function = self._catalog.find(request.name).spec
+            call.function = function.qualified_name
             sought = plan_sparsity(decode_sparsity_query(request), function)
             found = await self._scheduler.sparsity(sought)
             self._check_size(function.resource, pattern_bytes(found.pattern, "coo"))
@@ -202,6 +221,7 @@ class JacobianService:
             outcome = self._scheduler.now(request.work, max_result_bytes=PIECE_BYTES)
             if outcome is None:
                 return None
+            _note_times(call, outcome)
             self._check(outcome, request.query, PIECE_BYTES)
             return self._writer.write(outcome, request.query)
 
@@ -225,15 +245,29 @@ class JacobianService:
                 outcome = await self._scheduler.submit(
                     request.work, ticket, max_result_bytes=PIECE_BYTES
                 )
+            _note_times(call, outcome)
             self._check(outcome, request.query, PIECE_BYTES)
             return self._writer.write(outcome, request.query)
 
     def _read(self, raw: bytes, call: Call) -> Request:
-        request = self._reader.read(raw)
+        request = self._named(call, self._reader.read, raw)
         call.function = request.work.computation.function
         if len(raw) > self._max_payload_bytes:
             self._check_query_size(sum(x.nbytes for x in request.work.arrays))
         return request
+
+    def _named(self, call: Call, read: Callable[..., T], *arguments: Any) -> T:
+        """Reads, and notes what function is meant, also where that is all that fits."""
+        self._found = ""
+        try:
+            return read(*arguments)
+        finally:
+            call.function = self._found
+
+    def _find(self, name: str) -> FunctionSpec:
+        spec = self._catalog.find(name).spec
+        self._found = spec.qualified_name
+        return spec
 
     async def _evaluate_stream(
         self, requests: AsyncIterator[bytes], call: Call
@@ -242,7 +276,7 @@ class JacobianService:
         raw = await anext(raws, None)
         if raw is None:
             raise _broken("it has no head. Send one, then the pieces.")
-        head = self._reader.read_head(raw)
+        head = self._named(call, self._reader.read_head, raw)
         self._check_query_size(head.size_bytes)
         with self._scheduler.admitted(head.size_bytes, call.client) as ticket:
             assembly = Assembly(head.raw, head.holes)
@@ -253,9 +287,10 @@ class JacobianService:
                 raise _broken(str(error)) from error
             if not assembly.is_complete:
                 raise _broken("it ends before its last piece. Send all of them.")
-            request = self._reader.read_streamed(head, assembly.payloads)
-            call.function = request.work.computation.function
+            read = self._reader.read_streamed
+            request = self._named(call, read, head, assembly.payloads)
             outcome = await self._scheduler.submit(request.work, ticket)
+            _note_times(call, outcome)
             self._check(outcome, request.query)
             for part in self._writer.write_parts(outcome, request.query):
                 yield part
@@ -296,6 +331,11 @@ class JacobianService:
                 result_bytes=size_bytes,
                 max_result_bytes=self._max_payload_bytes,
             )
+
+
+def _note_times(call: Call, outcome: Outcome) -> None:
+    call.queue_s, call.compile_s = outcome.queue_s, outcome.compile_s
+    call.execute_s = outcome.execute_s
 
 
 def _broken(problem: str) -> ServiceError:
@@ -376,19 +416,30 @@ def _check_finite(outcome: Outcome, quantities: tuple[Quantity, ...]) -> None:
 
 
 class _Answerer:
-    """Answers the queries of one client's session."""
+    """Answers the queries of one client's session, each a call of its own."""
 
-    def __init__(self, service: JacobianService, call: Call) -> None:
+    def __init__(
+        self, service: JacobianService, stream: Call, observer: Observer
+    ) -> None:
         self._service = service
-        self._call = call
+        self._stream = stream
+        self._observer = observer
 
-    def answer_now(self, raw: bytes) -> bytes | None:
-        return self._service.evaluate_now(raw, self._call)
+    def begun(self) -> Call:
+        stream = self._stream
+        start = time.perf_counter()
+        return Call("Session", stream.caller, stream.request_id, start)
 
-    async def answer(self, raw: bytes) -> bytes:
-        return await self._service.evaluate(raw, self._call)
+    def answer_now(self, raw: bytes, call: Call) -> bytes | None:
+        return self._service.evaluate_now(raw, call)
 
-    def encode_error(self, error: BaseException) -> bytes:
+    async def answer(self, raw: bytes, call: Call) -> bytes:
+        return await self._service.evaluate(raw, call)
+
+    def answered(self, call: Call) -> None:
+        self._observer.ended(call, "Session", None)
+
+    def failed(self, call: Call, error: BaseException) -> bytes:
         if isinstance(error, asyncio.CancelledError):
             status = status_pb2.Status(code=code_pb2.CANCELLED, message="cancelled")
         elif isinstance(error, TimeoutError):
@@ -396,6 +447,7 @@ class _Answerer:
                 code=code_pb2.DEADLINE_EXCEEDED, message="Deadline Exceeded"
             )
         else:
-            request_id = self._call.request_id
-            status = status_of(explained(error, request_id), request_id)
+            error = explained(error, call.request_id)
+            status = status_of(error, call.request_id)
+        self._observer.ended(call, "Session", error)
         return status.SerializeToString()

@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 from jacserve import framing
 from jacserve.v1 import jacobian_pb2 as pb
 from jacserve_server.admission import shutting_down
+from jacserve_server.callers import Call
 from jacserve_server.errors import ServiceError
 
 _MOST_PENDING = 64
@@ -35,11 +36,16 @@ _ID_TAG = _ID << 3 | 1
 class Answerer(Protocol):
     """Answers single queries."""
 
-    def answer_now(self, raw: bytes) -> bytes | None:
+    def begun(self) -> Call:
+        """Makes the call that a query counts as, from when it was read."""
+        ...
+
+    def answer_now(self, raw: bytes, call: Call) -> bytes | None:
         """Answers a query at once; None where it has to wait.
 
         Args:
             raw: A serialized Query.
+            call: What it counts as.
 
         Returns:
             A serialized Result.
@@ -49,26 +55,31 @@ class Answerer(Protocol):
         """
         ...
 
-    async def answer(self, raw: bytes) -> bytes:
+    async def answer(self, raw: bytes, call: Call) -> bytes:
         """Answers a query when it is done."""
         ...
 
-    def encode_error(self, error: BaseException) -> bytes:
-        """Returns a failure as a serialized google.rpc.Status."""
+    def answered(self, call: Call) -> None:
+        """Hears that a query has its answer."""
+        ...
+
+    def failed(self, call: Call, error: BaseException) -> bytes:
+        """Hears that a query has none, and returns why, as a google.rpc.Status."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """What a SessionRequest says; the query is serialized."""
+    """What a SessionRequest says; the query is serialized, and counts as a call."""
 
     id: int
     timeout_s: float | None
     is_cancel: bool
     query: bytes
+    call: Call
 
 
-def _read(raw: bytes) -> _Request:
+def _read(raw: bytes, call: Call) -> _Request:
     id_, timeout_s, is_cancel, query = 0, None, False, b""
     try:
         for field in framing.fields(raw, 0, len(raw), most=_MOST_FIELDS):
@@ -86,7 +97,7 @@ def _read(raw: bytes) -> _Request:
             "STREAM_BROKEN",
             f"a message of the session can't be read: {error}. Send SessionRequests.",
         ) from error
-    return _Request(id_, timeout_s, is_cancel, query)
+    return _Request(id_, timeout_s, is_cancel, query, call)
 
 
 def _response(id_: int, field: int, value: bytes) -> bytes:
@@ -158,8 +169,10 @@ class Session:
                     if reading is not None and reading.done():
                         raw = reading.result()
                         reading, has_ended = None, raw is None
-                if raw is not None and (response := self._take(_read(raw))):
-                    yield response
+                if raw is not None:
+                    request = _read(raw, self._answerer.begun())
+                    if response := self._take(request):
+                        yield response
         finally:
             for task in [*self._pending.values(), *([reading] if reading else [])]:
                 task.cancel()
@@ -194,40 +207,43 @@ class Session:
             self._held = request
             return None
         try:
-            result = self._answerer.answer_now(request.query)
+            result = self._answerer.answer_now(request.query, request.call)
         except Exception as error:
-            return self._failure(request.id, error)
+            return self._failure(request, error)
         if result is not None:
+            self._answerer.answered(request.call)
             return _response(request.id, _RESULT, result)
         task = asyncio.create_task(self._answer(request))
         self._pending[request.id] = task
-        task.add_done_callback(lambda done: self._finish(request.id, done))
+        task.add_done_callback(lambda done: self._finish(request, done))
         return None
 
     def _cancel(self, id_: int) -> None:
         if task := self._pending.get(id_):
             task.cancel()
         elif self._held is not None and self._held.id == id_:
-            self._held = None
-            self._finished.append(self._failure(id_, asyncio.CancelledError()))
+            held, self._held = self._held, None
+            self._finished.append(self._failure(held, asyncio.CancelledError()))
 
     async def _answer(self, request: _Request) -> bytes:
         async with asyncio.timeout(request.timeout_s):
-            return await self._answerer.answer(request.query)
+            return await self._answerer.answer(request.query, request.call)
 
-    def _finish(self, id_: int, done: "asyncio.Task[bytes]") -> None:
-        del self._pending[id_]
+    def _finish(self, request: _Request, done: "asyncio.Task[bytes]") -> None:
+        del self._pending[request.id]
         if done.cancelled():
-            response = self._failure(id_, asyncio.CancelledError())
+            response = self._failure(request, asyncio.CancelledError())
         elif error := done.exception():
-            response = self._failure(id_, error)
+            response = self._failure(request, error)
         else:
-            response = _response(id_, _RESULT, done.result())
+            self._answerer.answered(request.call)
+            response = _response(request.id, _RESULT, done.result())
         self._finished.append(response)
         self._stirred.set()
 
-    def _failure(self, id_: int, error: BaseException) -> bytes:
-        return _response(id_, _ERROR, self._answerer.encode_error(error))
+    def _failure(self, request: _Request, error: BaseException) -> bytes:
+        why = self._answerer.failed(request.call, error)
+        return _response(request.id, _ERROR, why)
 
 
 async def _next(iterator: AsyncIterator[bytes]) -> bytes | None:

@@ -38,6 +38,10 @@ class SingleFlight(Generic[K, V]):
         self._capacity = capacity
         self._entries: OrderedDict[K, _Entry[V]] = OrderedDict()
 
+    def __len__(self) -> int:
+        """Returns how many entries are made, or being made."""
+        return len(self._entries)
+
     def has(self, key: K) -> bool:
         """Tells whether an entry is made, or being made."""
         return key in self._entries

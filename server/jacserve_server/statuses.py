@@ -74,6 +74,7 @@ def _details(error: ServiceError) -> list[Message]:
             )
         )
     if error.retry_after_s is not None:
-        delay = Duration(nanos=int(error.retry_after_s * 1e9))
+        delay = Duration()
+        delay.FromNanoseconds(int(error.retry_after_s * 1e9))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     return details

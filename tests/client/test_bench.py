@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import jacserve
 from jacserve import benching, load
 from jacserve.commands import app
+from jacserve.connection import connection
 from jacserve.v1 import jacobian_pb2 as pb
 from server_process import server_process
 
@@ -191,7 +192,7 @@ def test_a_server_without_health_is_compared_with_its_cheapest_call() -> None:
     )
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    with benching.empty_call(f"127.0.0.1:{port}", "f@1") as empty:
+    with benching.empty_call(connection(f"127.0.0.1:{port}", {}), "f@1") as empty:
         assert empty.name == "GetFunction"
         assert pb.Function.FromString(empty.make()).name == "f@1"  # pyright: ignore[reportArgumentType]
     server.stop(None).wait()

@@ -9,7 +9,8 @@ import pytest
 import jacserve
 from jacserve import errors
 from jacserve.v1 import jacobian_pb2 as pb
-from jacserve_server.errors import CODES, describe_exception
+from jacserve_server.errors import CODES, ServiceError, describe_exception
+from jacserve_server.statuses import status_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,6 +41,7 @@ def test_the_contract_states_the_code_of_each_reason() -> None:
         (jacserve.InvalidRequestError, ValueError),
         (jacserve.NotFoundError, LookupError),
         (jacserve.NonFiniteError, ArithmeticError),
+        (jacserve.AccessError, PermissionError),
         (jacserve.UnavailableError, ConnectionError),
         (jacserve.DeadlineError, TimeoutError),
     ],
@@ -47,6 +49,30 @@ def test_the_contract_states_the_code_of_each_reason() -> None:
 def test_the_tree_joins_the_builtin_one(kind, base) -> None:
     assert issubclass(kind, base)
     assert issubclass(kind, jacserve.JacobianError)
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind"),
+    [
+        ("TOKEN_INVALID", jacserve.AccessError),
+        ("SCOPE_MISSING", jacserve.AccessError),
+        ("SOURCE_FORBIDDEN", jacserve.InvalidRequestError),
+        ("TOO_MANY_STREAMS", jacserve.OverloadedError),
+        ("COMPILE_BUDGET_SPENT", jacserve.OverloadedError),
+        ("STREAM_IDLE", jacserve.UnavailableError),
+        ("TIME_BUDGET_SPENT", jacserve.DeadlineError),
+        ("WORKER_DIED", jacserve.ServerError),
+        ("FUNCTION_QUARANTINED", jacserve.PreconditionError),
+    ],
+)
+def test_what_a_reason_becomes(reason, kind) -> None:
+    error = ServiceError(reason, "no", retry_after_s=2.5)
+    found = errors.from_status(status_of(error, "3f2a"), "localhost:1")
+    assert type(found) is kind
+    assert (str(found), found.request_id) == ("no", "3f2a")
+    assert found.__notes__ == ["(request 3f2a)"]
+    if isinstance(found, jacserve.OverloadedError):
+        assert found.retry_after_s == 2.5
 
 
 def test_the_docstring_draws_the_whole_tree() -> None:

@@ -1,7 +1,7 @@
 """What clients may ask of jobs: to create, find, watch, stop and read them."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -112,6 +112,14 @@ class JobDesk:
         self._table_pool.shutdown(wait=True)
         self._table.close()
         self._folder.close()
+
+    async def counts(self) -> Mapping[str, int]:
+        """Returns how many jobs are in each state.
+
+        Raises:
+            ServiceError: The table can't be read.
+        """
+        return dict((await self._in_table(self._table.counts)).items())
 
     async def create(self, raws: AsyncIterator[bytes], owner: str) -> jobs_pb2.Job:
         """Creates a job, unless it is there.
