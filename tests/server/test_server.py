@@ -130,6 +130,7 @@ def test_a_client_that_knows_only_reflection(functions: Path) -> None:
         assert set(database.get_services()) == {
             "grpc.health.v1.Health",
             "grpc.reflection.v1alpha.ServerReflection",
+            "jacserve.v1.AdminService",
             "jacserve.v1.JacobianService",
             "jacserve.v1.JobService",
         }
