@@ -1,6 +1,5 @@
 """The server's commands: `jacserve serve`, `jacserve check` and `jacserve tune`."""
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -112,6 +111,7 @@ def serve(
     environment, the environment before the file.
     """
     with needing_server():
+        from jacserve_server import logs
         from jacserve_server.config import Config
         from jacserve_server.executor import DeviceError
         from jacserve_server.exposure import ExposureError
@@ -147,8 +147,7 @@ def serve(
             "target",
         }:
             print(f"jacserve: {name} is not a setting; ignored.", file=sys.stderr)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("jacserve_server").setLevel(settings.log_level.upper())
+    logs.configure(settings.log_format, settings.log_level)
     try:
         catalog = build_catalog(load_registries(targets or []))
     except RegistrationError as error:

@@ -232,6 +232,7 @@ class _Handler(MetricsHandler):
 class _HttpServer(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     daemon_threads = True
+    request_queue_size = 64
 
     def __init__(
         self, family: socket.AddressFamily, address: Any, handler: type[_Handler]

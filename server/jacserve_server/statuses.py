@@ -30,7 +30,8 @@ def explained(error: BaseException, request_id: str) -> ServiceError:
     """
     if isinstance(error, ServiceError):
         return error
-    _log.error("request %s failed", request_id, exc_info=error)
+    extra = {"request_id": request_id}
+    _log.error("request %s failed", request_id, exc_info=error, extra=extra)
     text = f"the server failed on this call. Its log has more under {request_id}."
     return ServiceError("UNEXPECTED", text)
 

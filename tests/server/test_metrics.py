@@ -172,7 +172,7 @@ def test_cancelled_calls_and_what_is_in_flight(server: RunningServer) -> None:
             client.value("slow", np.ones(2), timeout_s=0.05)
         until(lambda: (*slow, "CANCELLED", "") in calls(scraped(server)))
         threads = [
-            threading.Thread(target=client.value, args=("slow", np.full(2, n)))
+            threading.Thread(target=client.value, args=("slow", np.full(2, float(n))))
             for n in range(6)
         ]
         for thread in threads:

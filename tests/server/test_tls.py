@@ -349,7 +349,9 @@ def test_settings_show_no_secret() -> None:
     )
     assert secret not in repr(config)
     assert secret not in str(config)
-    for wrong in ({"job_database": url}, {"port": secret}, {"device": url}):
+    wrongs: list[dict[str, Any]]
+    wrongs = [{"job_database": url}, {"port": secret}, {"device": url}]
+    for wrong in wrongs:
         with pytest.raises(ValidationError) as raised:
             Config.load(**wrong)
         assert secret not in str(raised.value)
