@@ -1,11 +1,13 @@
 """A job belongs to who made it; nobody else finds, stops or reads it."""
 
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
 import grpc
+import jax
 import numpy as np
 import pytest
 from google.protobuf.message import Message
@@ -17,6 +19,18 @@ from jacserve_server import Registry, serving
 from job_calls import FINAL, QUEUED, RUNNING, SUCCEEDED, upload
 
 registry = Registry()
+
+
+@registry.function
+def slow(x: Float[Array, "3"]) -> Float[Array, "3"]:
+    def waited(x: np.ndarray) -> np.ndarray:
+        time.sleep(0.02)
+        return x
+
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.pure_callback(waited, shape, x, vmap_method="sequential")
+
+
 _JOBS = "/jacserve.v1.JobService/"
 
 
@@ -231,3 +245,54 @@ def test_jobs_keep_their_owner_across_restarts(tmp_path: Path) -> None:
                 "ReadJobResult", pb.ReadJobResultRequest(name="night")
             )
             assert found.code is grpc.StatusCode.OK
+
+
+@pytest.mark.slow
+def test_who_watches_a_job_is_asked_again(tmp_path: Path) -> None:
+    tokens = Tokens(tmp_path)
+    ada = tokens.make("ada", "jobs")
+    settings = {"tokens_file": tokens.path, "jobs_dir": tmp_path / "jobs"}
+    with serving(registry, **settings) as server, connected(server.target) as channel:
+        x = np.zeros((100_000, 3))
+        parts = upload("night", "slow", x, "value", batch_size=10)
+        assert Caller(channel, ada).ask("CreateJob", *parts).code is grpc.StatusCode.OK
+        request = pb.WatchJobRequest(name="night").SerializeToString()
+        watching = channel.unary_stream(f"{_JOBS}WatchJob")(
+            request, metadata=bearer(ada), timeout=60
+        )
+        next(watching)
+        tokens.revoke("ada")
+        with suppress(grpc.RpcError):
+            for _ in watching:
+                pass
+        assert watching.code() is grpc.StatusCode.UNAUTHENTICATED
+        # Not because the job has ended.
+        renewed = Caller(channel, tokens.make("ada", "jobs"))
+        while renewed.ask("ListJobs", b"").reason == "TOKEN_INVALID":
+            time.sleep(0.05)
+        assert renewed.job("night").state in (QUEUED, RUNNING)
+        renewed.ask("CancelJob", pb.CancelJobRequest(name="night"))
+
+
+def test_who_uploads_points_is_asked_again(tmp_path: Path) -> None:
+    tokens = Tokens(tmp_path)
+    ada, bob = tokens.make("ada", "jobs"), tokens.make("bob", "jobs")
+    settings = {"tokens_file": tokens.path, "jobs_dir": tmp_path / "jobs"}
+    with serving(registry, **settings) as server, connected(server.target) as channel:
+        head, *pieces = upload("night", "double", np.zeros((100_000, 3)))
+
+        def parts() -> Iterator[bytes]:
+            yield head
+            tokens.revoke("ada")
+            while Caller(channel, ada).ask("ListJobs", b"").reason != "TOKEN_INVALID":
+                time.sleep(0.05)
+            yield from pieces
+
+        assert pieces
+        found = ask(channel, f"{_JOBS}CreateJob", parts(), bearer(ada))
+        assert found.reason == "TOKEN_INVALID"
+        renewed = Caller(channel, tokens.make("ada", "jobs"))
+        while renewed.ask("ListJobs", b"").reason == "TOKEN_INVALID":
+            time.sleep(0.05)
+        assert renewed.listed() == []
+        assert Caller(channel, bob).listed() == []
