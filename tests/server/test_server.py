@@ -202,7 +202,7 @@ def test_a_taken_port_is_reported(functions: Path) -> None:
 def test_it_listens_on_loopback_only_unless_told(functions: Path) -> None:
     with server_process(functions) as server:
         assert server.target.startswith("127.0.0.1:")
-    with server_process(functions, "--host", "0.0.0.0") as server:
+    with server_process(functions, "--host", "0.0.0.0", "--insecure") as server:
         assert server.target.startswith("0.0.0.0:")
 
 
@@ -210,7 +210,7 @@ def test_it_listens_on_loopback_only_unless_told(functions: Path) -> None:
     ("arguments", "environment", "words"),
     [
         (["--device", "abacus"], {}, "device abacus is not there; JAX found cpu:0"),
-        (["--host", "1.2.3.4"], {}, "Cannot assign requested address"),
+        (["--host", "1.2.3.4", "--insecure"], {}, "Cannot assign requested address"),
         (["--host", "nohost.invalid"], {}, "can't listen on nohost.invalid:50051"),
         (["--device", "cpu:7"], {}, "device cpu:7 is not there; JAX found cpu:0"),
         (["--port", "70000"], {}, "setting port: Input should be less than"),

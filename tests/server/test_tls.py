@@ -349,16 +349,11 @@ def test_settings_show_no_secret() -> None:
     )
     assert secret not in repr(config)
     assert secret not in str(config)
-<<<<<<< ours
-    wrongs: list[dict[str, Any]]
-    wrongs = [{"job_database": url}, {"port": secret}, {"device": url}]
-=======
     wrongs: list[dict[str, Any]] = [
         {"job_database": url},
         {"port": secret},
         {"device": url},
     ]
->>>>>>> theirs
     for wrong in wrongs:
         with pytest.raises(ValidationError) as raised:
             Config.load(**wrong)
