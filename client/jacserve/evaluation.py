@@ -7,9 +7,7 @@ asyncio client and sessions all drive it, so that nothing is decided twice.
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from typing import Any, NamedTuple, TypeAlias, cast
 
-from google.protobuf.message import DecodeError
-
-from jacserve.errors import JacobianError, PreconditionError, ServerError
+from jacserve.errors import JacobianError, PreconditionError, readable, unreadable
 from jacserve.queries import Ask
 from jacserve.results import Result, ResultDecoder, decode_opened
 from jacserve.sparse import Pattern, PatternCache
@@ -90,13 +88,11 @@ def evaluation(ask: Ask, memory: Memory) -> Generator[Step, Answer, Result]:
             else:
                 raise
             continue
-        try:
+        with readable():
             if isinstance(answer, bytes):
                 result = memory.decoder.decode(answer, layout, known)
             else:
                 result = decode_opened(*answer, layout, known)
-        except (DecodeError, LookupError, ValueError, MemoryError) as error:
-            raise unreadable(error) from error
         if layout:
             memory.patterns.learn(ask.form.query, result.shared_patterns)
         return result
@@ -144,11 +140,6 @@ async def drive_async(
         return stop.value
 
 
-def unreadable(error: Exception) -> ServerError:
-    """Makes the error of an answer that can't be read."""
-    return ServerError(f"the server's answer can't be read: {error}", code="DATA_LOSS")
-
-
 class Receiver:
     """Takes a result in parts."""
 
@@ -177,7 +168,7 @@ class Receiver:
         Raises:
             ServerError: It is not the part that comes next.
         """
-        try:
+        with readable():
             if self._assembly is not None:
                 self._assembly.feed(raw)
             else:
@@ -190,8 +181,6 @@ class Receiver:
                     spec_of(tensor, tensor.streamed_bytes)  # Before it is allocated.
                 self._head = head
                 self._assembly = Assembly(raw, holes)
-        except (DecodeError, ValueError, MemoryError) as error:
-            raise unreadable(error) from error
 
     def received(self) -> Received:
         """Returns the result.
