@@ -56,6 +56,10 @@ test-gpu: $(VENV)/.dev ## Runs the tests that need a GPU; says so where there is
 fuzz: $(VENV)/.dev ## Fuzzes the decoders with new messages: FUZZ_COUNT of them
 	@cd tests && ../$(BIN)/python -m fuzzing --guided $${FUZZ_COUNT:-1000000} $$RANDOM
 
+.PHONY: soak
+soak: $(VENV)/.dev ## Runs everything at once beside kills, for SOAK_S seconds (600)
+	@$(BIN)/python -m benchmarks.soak
+
 .PHONY: deploy-check
 deploy-check: $(VENV)/.dev ## Checks deploy/ by the tools that are installed
 	@deploy/check.sh $(abspath $(BIN))
