@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +25,7 @@ import jacserve
 from fuzzing import functions, seeds
 from fuzzing.laws import Failed
 from fuzzing.live import LiveFuzz
+from fuzzing.mad_server import mad_server
 from fuzzing.wire import BYTES, FIXED64, VARINT, WireField
 from jacserve import framing, tensors, trees
 from jacserve.errors import ServerError, from_rpc_error
@@ -113,6 +115,61 @@ def test_a_server_answers_or_refuses_20000_messages(tmp_path: Path) -> None:
         log = served.errors()
         assert "Traceback" not in log, log
     assert memory[-1] - memory[4] < 32 * MIB, [each // MIB for each in memory]
+
+
+def calls_of(client: jacserve.Client) -> list[Callable[[], object]]:
+    """Calls of every RPC that a client makes; what is made of the answers is used."""
+    x, large = seeds.X, np.ones(2**18)
+
+    def of_a_job() -> None:
+        job = client.job("night-1", timeout_s=5.0)
+        assert f"{job!r} {job.read(0, 2, timeout_s=5.0)!r}"
+
+    def of_a_session() -> None:
+        every: Any = ("value", ("value", "jacobian"))
+        with client.session() as session:
+            for quantities in every:
+                session.evaluate("triple", x, quantities=quantities, timeout_s=5.0)
+
+    return [
+        lambda: client.jacobian("triple", x, timeout_s=5.0),
+        lambda: repr(client.evaluate("triple", x, timeout_s=5.0)),
+        lambda: client.jacobian("stencil", x, layout="csr", timeout_s=5.0),
+        lambda: client.evaluate("seven", large, quantities="value", timeout_s=5.0),
+        lambda: client.describe("triple", timeout_s=5.0).signature,
+        lambda: list(client.functions(timeout_s=5.0)),
+        lambda: client.sparsity("stencil", timeout_s=5.0),
+        lambda: client.jobs(timeout_s=5.0),
+        of_a_job,
+        of_a_session,
+    ]
+
+
+def ask_a_mad_server(rounds: int) -> Counter[str]:
+    told: Counter[str] = Counter()
+    with mad_server(seed=1) as target, jacserve.Client(target) as client:
+        for _ in range(rounds):
+            for call in calls_of(client):
+                try:
+                    call()
+                    told["answered"] += 1
+                except jacserve.JacobianError as error:
+                    told[error.code] += 1
+    return told
+
+
+def test_a_client_survives_a_mad_server() -> None:
+    told = ask_a_mad_server(20)
+    assert told["answered"] > 5
+    assert told["DATA_LOSS"] > 10
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_client_survives_a_mad_server_for_long() -> None:
+    told = ask_a_mad_server(500)
+    assert told["answered"] > 250
+    assert told["DATA_LOSS"] > 250
 
 
 ID = WireField(1, FIXED64, bytes(8)).encoded()

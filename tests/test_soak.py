@@ -10,6 +10,7 @@ from rich.console import Console
 
 import jacserve
 from benchmarks.soak import closed_forms, functions
+from benchmarks.soak.__main__ import faults_in
 from benchmarks.soak.activities import check_complete
 from benchmarks.soak.closed_forms import WrongAnswerError
 from benchmarks.soak.server import Absence, Sample, within
@@ -82,6 +83,13 @@ def test_an_answer_of_another_point_is_noticed() -> None:
                 closed_forms.check(result, "cycle", X + 1e-3)
             with pytest.raises(WrongAnswerError, match="answered for cubes"):
                 closed_forms.check(result, "cubes", X)
+
+
+def test_faults_are_found_in_a_log() -> None:
+    provoked = "2026-01-01 00:00:00,0 ERROR jax._src.callback: failed\nTraceback\n"
+    fault = "2026-01-01 00:00:01,0 ERROR asyncio: never retrieved\n  by whom\n"
+    warning = "2026-01-01 00:00:02,0 WARNING jacserve_server: slow\n"
+    assert faults_in(provoked + fault + warning) == [fault]
 
 
 def test_an_absence_explains_what_fell_into_it() -> None:

@@ -1,6 +1,7 @@
 """Puts the soak together: `python -m benchmarks.soak`, or `make soak`."""
 
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -60,7 +61,7 @@ def main(
                 faults = running.finish()
             server.stop()
             faults += server.faults
-            faults += [line for line in server.log().splitlines() if is_fault(line)]
+            faults += faults_in(server.log())
     lines = [*_counts(running, server.absences), *flat_lines(samples)]
     lines.append(Line("faults", str(len(faults)), "0", not faults))
     for text in (*faults, *_problems(running)):
@@ -147,9 +148,19 @@ def _counts(running: Clients, absences: Sequence[Absence]) -> list[Line]:
     ]
 
 
-def is_fault(line: str) -> bool:
-    """Tells whether a line of the log is of a fault that nobody has provoked."""
-    return " ERROR " in line and "jax._src.callback" not in line
+# What JAX says of a callback that raises, and gRPC of a client that has vanished.
+_PROVOKED = ("jax._src.callback", "ExecuteBatchError raised in core")
+# Each entry of the log begins with the time.
+_ENTRY = re.compile(r"^(?=\d{4}-\d\d-\d\d )", re.MULTILINE)
+
+
+def faults_in(log: str) -> list[str]:
+    """Returns the entries of a server's log about faults that nobody has provoked."""
+    return [
+        entry
+        for entry in _ENTRY.split(log)
+        if " ERROR " in entry and not any(each in entry for each in _PROVOKED)
+    ]
 
 
 def _problems(running: Clients) -> list[str]:

@@ -93,6 +93,8 @@ def evaluation(ask: Ask, memory: Memory) -> Generator[Step, Answer, Result]:
                 result = memory.decoder.decode(answer, layout, known)
             else:
                 result = decode_opened(*answer, layout, known)
+            if ask.form.quantities.symmetric_difference(result.quantities):
+                raise ValueError("it has other quantities than were asked for")
         if layout:
             memory.patterns.learn(ask.form.query, result.shared_patterns)
         return result

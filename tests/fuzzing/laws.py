@@ -23,7 +23,7 @@ from jacserve.evaluation import Memory, Receiver, evaluation
 from jacserve.functions import decode_function, decode_sparsity
 from jacserve.job_messages import decode_job
 from jacserve.job_reading import decode_rows
-from jacserve.queries import QueryEncoder
+from jacserve.queries import Ask, QueryEncoder
 from jacserve.results import Result
 from jacserve.session import read_response
 from jacserve.streaming import Assembly, StreamError, read_head
@@ -231,21 +231,33 @@ class _Client:
     def __init__(self) -> None:
         self._memory = Memory()
         encode = QueryEncoder().encode
-        self._ask = encode("triple", seeds.X, ("value", "jacobian"), {})
+        # An answer has to have what was asked for, so several are.
+        asked: Any = (("value",), ("value", "jacobian"), ("jacobian",))
+        self._asks = [encode("triple", seeds.X, each, {}) for each in asked]
         self._sparse_ask = encode("stencil", seeds.X, "jacobian", {"layout": "csr"})
 
     def result(self, raw: bytes) -> bool:
-        found = self._evaluated(raw, self._memory)
-        again = self._evaluated(raw, Memory())
+        message = _parsed(pb.Result, raw)
+        ask = self._asking_for(message)
+        found = self._evaluated(raw, self._memory, ask)
+        again = self._evaluated(raw, Memory(), ask)
         assert (found is None) == (again is None)
         if found is None or again is None:
             return False
+        assert message is not None
         assert_same_result(found, again)
-        assert_says(found, pb.Result.FromString(raw))
+        assert_says(found, message)
         return True
 
-    def _evaluated(self, raw: bytes, memory: Memory, ask: Any = None) -> Result | None:
-        steps = evaluation(ask or self._ask, memory)
+    def _asking_for(self, message: pb.Result | None) -> Ask:
+        """Returns a query that has what a result has, if there is one."""
+        outputs = message.outputs if message is not None else ()
+        given = {output.quantity for output in outputs}
+        exact = (ask for ask in self._asks if {*ask.form.query.quantities} == given)
+        return next(exact, self._asks[0])
+
+    def _evaluated(self, raw: bytes, memory: Memory, ask: Ask) -> Result | None:
+        steps = evaluation(ask, memory)
         next(steps)
         try:
             steps.send(raw)
@@ -270,7 +282,7 @@ class _Client:
             received = receiver.received()
         except JacobianError:
             return False
-        steps = evaluation(self._ask, self._memory)
+        steps = evaluation(self._asking_for(received.head), self._memory)
         next(steps)
         try:
             steps.send(received)
