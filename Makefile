@@ -52,6 +52,18 @@ test-slow: $(VENV)/.dev ## Runs the tests that take longer, such as the gallery'
 test-gpu: $(VENV)/.dev ## Runs the tests that need a GPU; says so where there is none
 	@$(BIN)/python -m pytest -n 0 -m gpu -rs
 
+.PHONY: fuzz
+fuzz: $(VENV)/.dev ## Fuzzes the decoders with new messages: FUZZ_COUNT of them
+	@cd tests && ../$(BIN)/python -m fuzzing --guided $${FUZZ_COUNT:-1000000} $$RANDOM
+
+.PHONY: soak
+soak: $(VENV)/.dev ## Runs everything at once beside kills, for SOAK_S seconds (600)
+	@$(BIN)/python -m benchmarks.soak
+
+.PHONY: deploy-check
+deploy-check: $(VENV)/.dev ## Checks deploy/ by the tools that are installed
+	@deploy/check.sh $(abspath $(BIN))
+
 .PHONY: gallery
 gallery: $(VENV)/.dev ## Runs the pages of examples/gallery, and draws their pictures
 	@$(BIN)/python examples/gallery/run.py

@@ -165,6 +165,24 @@ def translated(target: str) -> Generator[None]:
         raise from_rpc_error(cast("grpc.Call", error), target) from error
 
 
+def unreadable(error: Exception) -> ServerError:
+    """Makes the error of an answer that can't be read."""
+    return ServerError(f"the server's answer can't be read: {error}", code="DATA_LOSS")
+
+
+@contextmanager
+def readable() -> Generator[None]:
+    """Has what can't be read in an answer be one error, whatever is wrong with it.
+
+    Raises:
+        ServerError: The block raised what reading raises.
+    """
+    try:
+        yield
+    except (DecodeError, LookupError, ValueError, OverflowError, MemoryError) as error:
+        raise unreadable(error) from error
+
+
 def from_rpc_error(error: grpc.Call, target: str) -> JacobianError:
     """Makes an exception of a failed call: by its reason, else by its code.
 
@@ -279,9 +297,12 @@ _M = TypeVar("_M", bound=Message)
 
 
 def _detail(status: status_pb2.Status, kind: type[_M]) -> _M:
-    """Returns the first detail of a kind; an empty one when there is none."""
+    """Returns the first detail of a kind; an empty one when none can be read."""
     found = kind()
     for detail in status.details:
-        if detail.Unpack(found):
-            break
+        try:
+            if detail.Unpack(found):
+                break
+        except DecodeError:
+            found.Clear()
     return found

@@ -8,14 +8,13 @@ import time
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from typing import Any, NamedTuple, TypeAlias, cast
 
-from google.protobuf.message import DecodeError
-
 from jacserve.errors import (
     JacobianError,
     OverloadedError,
     PreconditionError,
-    ServerError,
     UnavailableError,
+    readable,
+    unreadable,
 )
 from jacserve.patience import retry_after_s
 from jacserve.queries import Ask
@@ -126,13 +125,13 @@ def evaluation(
             if stop is not None:
                 left_s = max(0.0, stop - time.monotonic())
             continue
-        try:
+        with readable():
             if isinstance(answer, bytes):
                 result = memory.decoder.decode(answer, layout, known)
             else:
                 result = decode_opened(*answer, layout, known)
-        except (DecodeError, LookupError, ValueError, MemoryError) as error:
-            raise unreadable(error) from error
+            if ask.form.quantities.symmetric_difference(result.quantities):
+                raise ValueError("it has other quantities than were asked for")
         if layout:
             memory.patterns.learn(ask.form.query, result.shared_patterns)
         return result
@@ -195,11 +194,6 @@ async def drive_async(
         return stop.value
 
 
-def unreadable(error: Exception) -> ServerError:
-    """Makes the error of an answer that can't be read."""
-    return ServerError(f"the server's answer can't be read: {error}", code="DATA_LOSS")
-
-
 class Receiver:
     """Takes a result in parts."""
 
@@ -228,7 +222,7 @@ class Receiver:
         Raises:
             ServerError: It is not the part that comes next.
         """
-        try:
+        with readable():
             if self._assembly is not None:
                 self._assembly.feed(raw)
             else:
@@ -241,8 +235,6 @@ class Receiver:
                     spec_of(tensor, tensor.streamed_bytes)  # Before it is allocated.
                 self._head = head
                 self._assembly = Assembly(raw, holes)
-        except (DecodeError, ValueError, MemoryError) as error:
-            raise unreadable(error) from error
 
     def received(self) -> Received:
         """Returns the result.

@@ -27,7 +27,9 @@ V = TypeVar("V")
 # tensors take in a message that is not a stream's.
 PIECE_BYTES = 2**20
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+# Wire types: how the value of a field is written.
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+_LAST_NUMBER = 2**29 - 1
 _DATA = pb.Tensor.DATA_FIELD_NUMBER
 _STREAMED = pb.Tensor.STREAMED_BYTES_FIELD_NUMBER
 
@@ -60,7 +62,7 @@ class Field:
     @property
     def is_bytes(self) -> bool:
         """Whether its value is bytes, a text or a message."""
-        return self.wire_type == _BYTES
+        return self.wire_type == BYTES
 
     def number_in(self, raw: bytes) -> int:
         """Returns the value of a field that is a whole number.
@@ -68,7 +70,7 @@ class Field:
         Raises:
             DecodeError: It is something else.
         """
-        if self.wire_type != _VARINT:
+        if self.wire_type != VARINT:
             raise DecodeError("a field is no number")
         return _read_varint(raw, self.start, self.stop)[0]
 
@@ -121,16 +123,16 @@ def fields(raw: bytes, place: int, stop: int, *, most: int = 2**62) -> Iterator[
             raise DecodeError("the message has too many fields")
         tag, start = _read_varint(raw, place, stop)
         number, wire_type = tag >> 3, tag & 7
-        if wire_type == _VARINT:
+        if wire_type == VARINT:
             _, end = _read_varint(raw, start, stop)
-        elif wire_type == _BYTES:
+        elif wire_type == BYTES:
             size, start = _read_varint(raw, start, stop)
             end = start + size
-        elif wire_type in (_FIXED64, _FIXED32):
-            end = start + (8 if wire_type == _FIXED64 else 4)
+        elif wire_type in (FIXED64, FIXED32):
+            end = start + (8 if wire_type == FIXED64 else 4)
         else:
             raise DecodeError("a field has an unknown wire type")
-        if end > stop or not number:
+        if end > stop or not 0 < number <= _LAST_NUMBER:
             raise DecodeError("a field does not end where its message does")
         yield Field(number, wire_type, place, start, end)
         place = end
@@ -138,12 +140,12 @@ def fields(raw: bytes, place: int, stop: int, *, most: int = 2**62) -> Iterator[
 
 def number_field(number: int, value: int) -> bytes:
     """Encodes a field of a whole number; one that is 0 is left out."""
-    return varint(number << 3 | _VARINT) + varint(value) if value else b""
+    return varint(number << 3 | VARINT) + varint(value) if value else b""
 
 
 def bytes_field(number: int, size: int) -> bytes:
     """Returns what goes before the value of a field of bytes or of a message."""
-    return varint(number << 3 | _BYTES) + varint(size)
+    return varint(number << 3 | BYTES) + varint(size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +264,7 @@ class _Cutter:
     ) -> bytes:
         raw, parts, copied = self._raw, list[bytes](), start
         for turn, field in enumerate(self._fields(start, stop)):
-            if field.number not in routes or field.wire_type != _BYTES:
+            if field.number not in routes or field.wire_type != BYTES:
                 continue
             route, inner_path = routes[field.number], (*path, field.number, turn)
             if route is None:
@@ -279,9 +281,9 @@ class _Cutter:
         raw, parts, copied = self._raw, list[bytes](), tensor.start
         hole: Hole | None = None
         for field in self._fields(tensor.start, tensor.stop):
-            if (field.number, field.wire_type) == (_DATA, _BYTES):
+            if (field.number, field.wire_type) == (_DATA, BYTES):
                 found = Hole(field.start, field.stop - field.start)
-            elif (field.number, field.wire_type) == (_STREAMED, _VARINT):
+            elif (field.number, field.wire_type) == (_STREAMED, VARINT):
                 found = Hole(None, field.number_in(raw))
             else:
                 continue
@@ -292,7 +294,7 @@ class _Cutter:
             copied = field.stop
         parts.append(raw[copied : tensor.stop])
         if hole is not None and hole.size:
-            parts += varint(_STREAMED << 3 | _VARINT), varint(hole.size)
+            parts += varint(_STREAMED << 3 | VARINT), varint(hole.size)
             self.found.append((path, hole))
         return b"".join(parts)
 
@@ -367,7 +369,7 @@ def _expand(
 
 def _expand_tensor(raw: bytes, tensor: Field) -> tuple[list[bytes | int], int]:
     for field in fields(raw, tensor.start, tensor.stop):
-        if field.number == _STREAMED and field.wire_type == _VARINT:
+        if field.number == _STREAMED and field.wire_type == VARINT:
             streamed = field.number_in(raw)
             literal = raw[tensor.start : field.place] + raw[field.stop : tensor.stop]
             # Data goes last, as the contract says.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from jacserve import framing, trees
+from jacserve.errors import readable
 from jacserve.sparse import Pattern, decode_pattern
 from jacserve.tensors import format_shape
 from jacserve.v1 import jacobian_pb2 as pb
@@ -146,8 +147,13 @@ class FunctionInfo:
         return f"{self.name}({arguments}) -> {results}"
 
 
+@readable()
 def decode_function(message: pb.Function) -> FunctionInfo:
-    """Decodes a function's description."""
+    """Decodes a function's description.
+
+    Raises:
+        ServerError: It can't be read.
+    """
     name, _, version = message.name.removeprefix("functions/").rpartition("@")
     return FunctionInfo(
         name=name,
@@ -193,6 +199,7 @@ def decode_function(message: pb.Function) -> FunctionInfo:
     )
 
 
+@readable()
 def decode_sparsity(raw: bytes) -> Sparsity:
     """Decodes a pattern and what it costs.
 
@@ -201,6 +208,9 @@ def decode_sparsity(raw: bytes) -> Sparsity:
 
     Returns:
         The pattern.
+
+    Raises:
+        ServerError: It can't be read.
     """
     message, payloads = framing.opened(raw, pb.Sparsity)
     return Sparsity(

@@ -16,6 +16,7 @@ from jacserve.errors import (
     JacobianError,
     ServerError,
     from_status,
+    readable,
 )
 from jacserve.queries import JobInputs, JobOptions, encode_job_query, number_of
 from jacserve.streaming import parts
@@ -141,6 +142,7 @@ class JobInfo:
             )
 
 
+@readable()
 def decode_job(message: jobs_pb2.Job, target: str) -> JobInfo:
     """Decodes a job.
 
@@ -150,6 +152,9 @@ def decode_job(message: jobs_pb2.Job, target: str) -> JobInfo:
 
     Returns:
         The job.
+
+    Raises:
+        ServerError: It can't be read.
     """
     progress, query = message.progress, message.query
     has_first = progress.HasField("first_non_finite")

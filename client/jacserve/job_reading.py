@@ -4,10 +4,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from google.protobuf.message import DecodeError
-
-from jacserve.errors import DeadlineError, JacobianError, UnavailableError
-from jacserve.evaluation import Received, unreadable
+from jacserve.errors import DeadlineError, JacobianError, UnavailableError, readable
+from jacserve.evaluation import Received
 from jacserve.job_messages import JobInfo, decode_job
 from jacserve.patience import Patience
 from jacserve.results import Result, decode_opened
@@ -81,10 +79,8 @@ def decode_rows(
     """
     if keep_dense and not received.head.patterns:
         layout = None
-    try:
+    with readable():
         return decode_opened(*received, layout)
-    except (DecodeError, LookupError, ValueError, MemoryError) as error:
-        raise unreadable(error) from error
 
 
 class News:

@@ -25,6 +25,7 @@ from jacserve.vocabulary import (
     Layout,
     ModeOption,
     Quantity,
+    word,
 )
 
 N = TypeVar("N", bound=int)
@@ -148,16 +149,20 @@ class Form:
         query: The hollow message; never changed.
         frame: The message around the numbers.
         size_bytes: How many bytes the numbers take.
+        quantities: The words of what it asks for.
         is_streamed: Whether its answer is known to be too large for one message.
     """
 
-    __slots__ = ("frame", "is_streamed", "query", "size_bytes")
+    __slots__ = ("frame", "is_streamed", "quantities", "query", "size_bytes")
 
     def __init__(self, query: pb.Query, size_bytes: int) -> None:
         """Makes the frame."""
         self.query = query
         self.frame = Frame(query)
         self.size_bytes = size_bytes
+        self.quantities = frozenset(
+            word(QUANTITIES, number) for number in query.quantities
+        )
         self.is_streamed = size_bytes > PIECE_BYTES
 
     @property

@@ -397,13 +397,15 @@ def _result(
 
 
 def _sparse(patterns: Mapping[str, Pattern], leaf: _Leaf, array: Array) -> Any:
+    is_matrix = leaf.quantity in {"jacobian", "hessian"}
+    if leaf.path and (leaf.pattern or is_matrix):
+        raise ValueError("a sparse matrix is in parts")
     if leaf.pattern:
         pattern = patterns[leaf.pattern]
         if array.shape[-1:] != (pattern.nnz,):
             raise ValueError("a sparse matrix has not as many values as its pattern")
         return SparseMatrix(array, pattern)
     # Where sparse mode was not the way to it, the caller still asked for one type.
-    is_matrix = leaf.quantity in {"jacobian", "hessian"}
     return sparse.from_dense(array) if is_matrix else array
 
 

@@ -29,8 +29,9 @@ from jacserve.errors import (
     UnavailableError,
     from_rpc_error,
     from_status,
+    unreadable,
 )
-from jacserve.evaluation import Answer, Memory, Step, drive, evaluation, unreadable
+from jacserve.evaluation import Answer, Memory, Step, drive, evaluation
 from jacserve.evaluator import Evaluator
 from jacserve.framing import PIECE_BYTES
 from jacserve.queries import (
@@ -50,11 +51,14 @@ Opener: TypeAlias = Callable[[Iterator[bytes]], Any]
 _Taker: TypeAlias = Callable[[bytes | JacobianError], None]
 _Steps: TypeAlias = Generator[Step, Answer, Result]
 
-_ID_TAG = pb.SessionRequest.ID_FIELD_NUMBER << 3 | 1
+_ID_TAG = pb.SessionRequest.ID_FIELD_NUMBER << 3 | framing.FIXED64
 _encode_id = struct.Struct("<BQ")  # The tag of a fixed64 field, and its value.
 _TIMEOUT = pb.SessionRequest.TIMEOUT_FIELD_NUMBER
 _CANCEL = pb.SessionRequest.CANCEL_FIELD_NUMBER
 _QUERY = pb.SessionRequest.QUERY_FIELD_NUMBER
+_RESPONSE_ID = pb.SessionResponse.ID_FIELD_NUMBER
+_RESULT = pb.SessionResponse.RESULT_FIELD_NUMBER
+_ERROR = pb.SessionResponse.ERROR_FIELD_NUMBER
 
 
 class _Stream:
@@ -111,7 +115,7 @@ class _Stream:
         error: JacobianError
         try:
             for raw in self._call:
-                id_, answer = _read_response(raw, self._target)
+                id_, answer = read_response(raw, self._target)
                 if isinstance(answer, JacobianError) and self._is_going(answer):
                     self.end()
                 if (take := self._waiting.pop(id_, None)) is not None:
@@ -131,19 +135,37 @@ class _Stream:
             take(error)
 
 
-def _read_response(raw: bytes, target: str) -> tuple[int, bytes | JacobianError]:
-    id_, answer = 0, None
+def read_response(raw: bytes, target: str) -> tuple[int, bytes | JacobianError]:
+    """Reads a message of a session's stream.
+
+    Args:
+        raw: A serialized SessionResponse, from anywhere.
+        target: The server's address, for messages.
+
+    Returns:
+        The id of the query, and its serialized Result or its error.
+
+    Raises:
+        DecodeError: It is no answer.
+    """
+    id_: int | None = None
+    answer: bytes | JacobianError | None = None
     for field in framing.fields(raw, 0, len(raw)):
-        if field.number == pb.SessionResponse.ID_FIELD_NUMBER:
+        if (field.number, field.wire_type) == (_RESPONSE_ID, framing.FIXED64):
+            is_repeated = id_ is not None
             id_ = int.from_bytes(raw[field.start : field.stop], "little")
-        elif field.number == pb.SessionResponse.RESULT_FIELD_NUMBER:
+        elif field.number in (_RESULT, _ERROR) and field.is_bytes:
+            is_repeated = answer is not None
             answer = raw[field.start : field.stop]
-        elif field.number == pb.SessionResponse.ERROR_FIELD_NUMBER:
-            status = status_pb2.Status.FromString(raw[field.start : field.stop])
-            answer = from_status(status, target)
+            if field.number == _ERROR:
+                answer = from_status(status_pb2.Status.FromString(answer), target)
+        else:
+            continue
+        if is_repeated:
+            raise DecodeError("a field comes twice")
     if answer is None:
         raise DecodeError("an answer has neither a result nor an error")
-    return id_, answer
+    return id_ or 0, answer
 
 
 class _Submitted(Future[Result]):

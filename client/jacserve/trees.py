@@ -15,6 +15,7 @@ from jacserve.v1 import jacobian_pb2 as pb
 Path = tuple[str | int, ...]
 
 _MOST_CHILDREN = 2**16
+_MOST_STEPS = 100
 
 
 def flatten(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
@@ -71,9 +72,13 @@ def unflatten(leaves: Iterable[tuple[Path, Any]]) -> Any:
     for path, leaf in leaves:
         if not path:
             raise ValueError("a tree has a leaf where it also has children")
+        if len(path) > _MOST_STEPS:
+            raise ValueError("a tree is too deep")
         children.setdefault(path[0], []).append((path[1:], leaf))
     built = {step: unflatten(below) for step, below in children.items()}
     if all(isinstance(step, str) for step in built):
+        if not "".join(cast("Iterable[str]", built)).isprintable():
+            raise ValueError("a tree has a key that is not printable")
         return built
     indices = [step for step in built if isinstance(step, int)]
     if len(indices) < len(built) or max(indices) >= _MOST_CHILDREN:

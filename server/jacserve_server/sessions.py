@@ -30,7 +30,13 @@ _QUERY = pb.SessionRequest.QUERY_FIELD_NUMBER
 _ERROR = pb.SessionResponse.ERROR_FIELD_NUMBER
 _RESULT = pb.SessionResponse.RESULT_FIELD_NUMBER
 _encode_id = struct.Struct("<BQ")  # The tag of a fixed64 field, and its value.
-_ID_TAG = _ID << 3 | 1
+_ID_TAG = _ID << 3 | framing.FIXED64
+_WIRE_TYPES = {
+    _ID: framing.FIXED64,
+    _TIMEOUT: framing.BYTES,
+    _CANCEL: framing.VARINT,
+    _QUERY: framing.BYTES,
+}
 
 
 class Answerer(Protocol):
@@ -79,25 +85,47 @@ class _Request:
     call: Call
 
 
-def _read(raw: bytes, call: Call) -> _Request:
-    id_, timeout_s, is_cancel, query = 0, None, False, b""
+def read_request(raw: bytes, call: Call) -> _Request:
+    """Reads a message of a session's stream.
+
+    Args:
+        raw: A serialized SessionRequest, from anywhere.
+        call: What it is counted as.
+
+    Returns:
+        What it says.
+
+    Raises:
+        ServiceError: It is no such message.
+    """
+    found: dict[int, framing.Field] = {}
+    timeout_s = None
     try:
         for field in framing.fields(raw, 0, len(raw), most=_MOST_FIELDS):
-            if field.number == _QUERY and field.is_bytes:
-                query, is_cancel = raw[field.start : field.stop], False
-            elif field.number == _ID and field.stop - field.start == 8:
-                id_ = int.from_bytes(raw[field.start : field.stop], "little")
-            elif field.number == _TIMEOUT and field.is_bytes:
-                timeout = Duration.FromString(raw[field.start : field.stop])
-                timeout_s = timeout.seconds + timeout.nanos * 1e-9
-            elif field.number == _CANCEL:
-                is_cancel = bool(field.number_in(raw))
+            if _WIRE_TYPES.get(field.number) == field.wire_type:
+                # Protobuf would merge them; no writer sends them twice.
+                if field.number in found:
+                    raise DecodeError("a field comes twice")
+                found[field.number] = field
+        id_, query = found.get(_ID), found.get(_QUERY)
+        timeout, cancel = found.get(_TIMEOUT), found.get(_CANCEL)
+        if query and cancel:
+            raise DecodeError("it has a query and cancels one")
+        if timeout:
+            duration = Duration.FromString(raw[timeout.start : timeout.stop])
+            timeout_s = duration.seconds + duration.nanos * 1e-9
+        return _Request(
+            int.from_bytes(raw[id_.start : id_.stop], "little") if id_ else 0,
+            timeout_s,
+            bool(cancel and cancel.number_in(raw)),
+            raw[query.start : query.stop] if query else b"",
+            call,
+        )
     except DecodeError as error:
         raise ServiceError(
             "STREAM_BROKEN",
             f"a message of the session can't be read: {error}. Send SessionRequests.",
         ) from error
-    return _Request(id_, timeout_s, is_cancel, query, call)
 
 
 def _response(id_: int, field: int, value: bytes) -> bytes:
@@ -170,7 +198,7 @@ class Session:
                         raw = reading.result()
                         reading, has_ended = None, raw is None
                 if raw is not None:
-                    request = _read(raw, self._answerer.begun())
+                    request = read_request(raw, self._answerer.begun())
                     if response := self._take(request):
                         yield response
         finally:
