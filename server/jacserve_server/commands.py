@@ -94,6 +94,7 @@ def serve(
             run,
             serve_until_signal,
         )
+        from jacserve_server.telemetry import TelemetryError
     settings = _settings(
         config,
         host=host,
@@ -125,7 +126,7 @@ def serve(
 
     try:
         is_drained = run(serve_until_signal(catalog, settings, announce))
-    except (AddressError, DeviceError, WarmUpError) as error:
+    except (AddressError, DeviceError, TelemetryError, WarmUpError) as error:
         fail(str(error))
     print("Stopped." if is_drained else "Stopped while calls still ran.", flush=True)
     if not is_drained:

@@ -26,7 +26,7 @@ from jacserve_server import admin_service, compile_cache, job_service, xla_threa
 from jacserve_server.access import OpenGate
 from jacserve_server.admin_service import AdminService
 from jacserve_server.batches import bucket_for
-from jacserve_server.calls import Boundary
+from jacserve_server.calls import Boundary, Observer
 from jacserve_server.catalog import Catalog, RegisteredFunction
 from jacserve_server.config import Config
 from jacserve_server.errors import ServiceError
@@ -38,6 +38,7 @@ from jacserve_server.registration import build_catalog
 from jacserve_server.registry import Registry, WarmUp
 from jacserve_server.service import JacobianService, add_to_server
 from jacserve_server.signature import FunctionSpec
+from jacserve_server.telemetry import Telemetry, TracingObserver
 from jacserve_server.warmup import first_work, further_work, single_point
 from jacserve_server.work import Work
 
@@ -79,6 +80,7 @@ class Server:
 
         Raises:
             DeviceError: The device is not there.
+            TelemetryError: Spans can't be sent.
         """
         self._config = config
         machine = build_machine(catalog, config)
@@ -93,7 +95,9 @@ class Server:
             for warm_up in function.warm_up
         ]
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        self._telemetry = Telemetry() if config.open_telemetry else None
         self._server = grpc.aio.server(
+            interceptors=[self._telemetry.interceptor] if self._telemetry else None,
             options=[
                 ("grpc.max_receive_message_length", _MESSAGE_BYTES),
                 # What is sent is bounded by jacserve itself.
@@ -104,11 +108,12 @@ class Server:
                 ("grpc.max_concurrent_streams", config.max_streams),
                 # Else calls at that very limit are reset, not held back.
                 ("grpc.http.overload_protection", 0),
-            ]
+            ],
         )
-        boundary = self._boundary = Boundary(
-            OpenGate(), CallObserver(self._scheduler.tallies)
-        )
+        observer: Observer = CallObserver(self._scheduler.tallies)
+        if self._telemetry is not None:
+            observer = TracingObserver(observer, self._telemetry)
+        boundary = self._boundary = Boundary(OpenGate(), observer)
         self._service = JacobianService(
             catalog,
             self._scheduler,
@@ -278,6 +283,8 @@ class Server:
         await self._jobs.close()
         self._executor.close()
         await self._close_metrics()
+        if self._telemetry is not None:
+            await asyncio.to_thread(self._telemetry.close)
         return is_drained
 
     async def _quiet(self, most_s: float) -> None:

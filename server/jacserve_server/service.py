@@ -431,7 +431,7 @@ class _Answerer:
     def begun(self) -> Call:
         stream = self._stream
         start = time.perf_counter()
-        return Call("Session", stream.caller, stream.request_id, start)
+        return Call("Session", stream.caller, stream.request_id, start, True)
 
     def answer_now(self, raw: bytes, call: Call) -> bytes | None:
         return self._service.evaluate_now(raw, call)
