@@ -26,7 +26,7 @@ $(VENV)/.runtime: pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.runtime
 	@echo "Installing the development tools ..."
-	@$(BIN)/python -m pip install --quiet -e ".[server,cli,jobs,postgres,sparse,plot]" --group dev
+	@$(BIN)/python -m pip install --quiet -e ".[server,cli,jobs,postgres,sparse,plot,otel]" --group dev
 	@touch $@
 
 .PHONY: install

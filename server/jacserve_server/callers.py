@@ -38,6 +38,7 @@ class Call:
         caller: Who calls.
         request_id: Finds the call in the log.
         start: When it came, by `time.perf_counter`.
+        is_query: Whether it is a query of a session.
         function: Name and version of what it is about, once that is known.
         queue_s: Seconds that it waited for a device; 0 where it did not.
         compile_s: Seconds that it waited for its program.
@@ -48,6 +49,7 @@ class Call:
     caller: Caller
     request_id: str
     start: float
+    is_query: bool = False
     function: str = ""
     queue_s: float = 0.0
     compile_s: float = 0.0

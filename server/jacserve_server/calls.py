@@ -28,6 +28,8 @@ from jacserve_server.statuses import explained, status_of
 
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
+_Status = tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]
+
 M = TypeVar("M", bound=Message | bytes)
 # Makes the handler of a call; reads its requests, and writes its responses: None for
 # those that are bytes in and out.
@@ -56,6 +58,7 @@ class Boundary:
 
     Attributes:
         observer: Hears of what became of each call.
+        arrivals: How many calls have come.
         streams: How many calls are open that have any number of answers.
     """
 
@@ -67,6 +70,7 @@ class Boundary:
             observer: Hears of what became of each call.
         """
         self.observer = observer
+        self.arrivals = 0
         self.streams = 0
         self._gate = gate
 
@@ -89,6 +93,7 @@ class Boundary:
             The answer.
         """
         call: Call | None = None
+        self.arrivals += 1
         try:
             call = self._gate.admit(method, context)
             found = await answering(call)
@@ -96,7 +101,8 @@ class Boundary:
             self.observer.ended(call, method, error)
             raise
         except Exception as error:
-            self._fail(context, call, method, error)
+            status = self._fail(context, call, method, error)
+            await _refuse(context, status)
             return empty()
         self.observer.ended(call, method, None)
         return found
@@ -118,6 +124,7 @@ class Boundary:
             The answers.
         """
         call: Call | None = None
+        self.arrivals += 1
         self.streams += 1
         try:
             call = self._gate.admit(method, context)
@@ -129,7 +136,7 @@ class Boundary:
             self.observer.ended(call, method, error)
             raise
         except Exception as error:
-            self._fail(context, call, method, error)
+            await _refuse(context, self._fail(context, call, method, error))
         else:
             self.observer.ended(call, method, None)
         finally:
@@ -173,15 +180,29 @@ class Boundary:
 
     def _fail(
         self, context: Any, call: Call | None, method: str, error: Exception
-    ) -> None:
-        """Sets a call's status to what was raised."""
+    ) -> _Status:
+        """Sets a call's status to what was raised, and returns it."""
         request_id = call.request_id if call is not None else request_id_of(context)
         failure = explained(error, request_id)
         status = status_of(failure, request_id).SerializeToString()
-        context.set_code(_STATUS_CODES[failure.code])
+        trailer = (("grpc-status-details-bin", status),)
+        code = _STATUS_CODES[failure.code]
+        context.set_code(code)
         context.set_details(failure.message)
-        context.set_trailing_metadata((("grpc-status-details-bin", status),))
+        context.set_trailing_metadata(trailer)
         self.observer.ended(call, method, failure)
+        return code, failure.message, trailer
+
+
+async def _refuse(context: Any, status: _Status) -> None:
+    """Ends a call without a message where a client should try again.
+
+    An answer has headers and a message, even an empty one, and with these gRPC's own
+    retries take a call for answered. Behind proxies that offer no `abort` that is so.
+    """
+    abort = getattr(context, "abort", None)
+    if abort is not None and status[0] is grpc.StatusCode.UNAVAILABLE:
+        await abort(*status)
 
 
 def add_handlers(

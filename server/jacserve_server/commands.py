@@ -124,6 +124,7 @@ def serve(
             run,
             serve_until_signal,
         )
+        from jacserve_server.telemetry import TelemetryError
         from jacserve_server.tls import CertificateError
         from jacserve_server.tokens import TokenFileError
     settings = _settings(
@@ -162,7 +163,9 @@ def serve(
 
     try:
         is_drained = run(serve_until_signal(catalog, settings, announce))
-    except (AddressError, CertificateError, DeviceError, WarmUpError) as error:
+    except (
+        *(AddressError, CertificateError, DeviceError, TelemetryError, WarmUpError),
+    ) as error:
         fail(str(error))
     except (ExposureError, TokenFileError) as error:
         fail(str(error), "Nothing is served until this is mended.")

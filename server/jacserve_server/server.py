@@ -33,7 +33,7 @@ from jacserve_server import (
 from jacserve_server.access import Gate, GuardedGate, OpenGate
 from jacserve_server.admin_service import AdminService
 from jacserve_server.batches import bucket_for
-from jacserve_server.calls import Boundary
+from jacserve_server.calls import Boundary, Observer
 from jacserve_server.catalog import Catalog, RegisteredFunction
 from jacserve_server.config import Config
 from jacserve_server.errors import ServiceError
@@ -45,6 +45,7 @@ from jacserve_server.registration import build_catalog
 from jacserve_server.registry import Registry, WarmUp
 from jacserve_server.service import JacobianService, add_to_server
 from jacserve_server.signature import FunctionSpec
+from jacserve_server.telemetry import Telemetry, TracingObserver
 from jacserve_server.tls import Certificates
 from jacserve_server.tokens import TokenFile
 from jacserve_server.warmup import first_work, further_work, single_point
@@ -63,6 +64,9 @@ _SERVICES = (
 )
 # The largest message received; larger queries come in parts. It is gRPC's default.
 _MESSAGE_BYTES = 4 * 2**20
+# In so many ticks on end no call may arrive before the server closes its connections;
+# and so long it waits for that.
+_TICK_S, _QUIET_TICKS, _MOST_REFUSING_S = 0.01, 3, 1.0
 
 
 class AddressError(Exception):
@@ -88,6 +92,7 @@ class Server:
             CertificateError: There are no certificates to serve TLS with.
             TokenFileError: The file of tokens is of no use.
             DeviceError: The device is not there.
+            TelemetryError: Spans can't be sent.
         """
         self._config = config
         # Nothing is compiled, nor imported for it, before this is settled.
@@ -106,7 +111,9 @@ class Server:
             for warm_up in function.warm_up
         ]
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        self._telemetry = Telemetry() if config.open_telemetry else None
         self._server = grpc.aio.server(
+            interceptors=[self._telemetry.interceptor] if self._telemetry else None,
             options=[
                 ("grpc.max_receive_message_length", _MESSAGE_BYTES),
                 # What is sent is bounded by jacserve itself.
@@ -117,9 +124,12 @@ class Server:
                 ("grpc.max_concurrent_streams", config.max_streams),
                 # Else calls at that very limit are reset, not held back.
                 ("grpc.http.overload_protection", 0),
-            ]
+            ],
         )
-        boundary = Boundary(gate, CallObserver(self._scheduler.tallies))
+        observer: Observer = CallObserver(self._scheduler.tallies)
+        if self._telemetry is not None:
+            observer = TracingObserver(observer, self._telemetry)
+        boundary = self._boundary = Boundary(gate, observer)
         self._service = JacobianService(
             catalog,
             self._scheduler,
@@ -274,32 +284,54 @@ class Server:
             _log.warning("no jobs are run: %s", error.message)
 
     async def stop(self) -> bool:
-        """Drains: not ready, running calls finish within the grace, then closed.
+        """Drains: not ready, then refusing; what runs may finish within the grace.
 
         Returns:
             Whether all that ran has finished. What has not can't be stopped: its
             threads end with it, or with the process.
         """
+        self._is_serving = False
+        await self._health.enter_graceful_shutdown()
+        # Callers that go by health turn away now, and none of them is refused.
+        await asyncio.sleep(self._config.drain_delay_s)
         deadline = time.monotonic() + self._config.grace_s
         for task in (self._warming, self._resuming):
             if task is not None:
                 task.cancel()
-        self._is_serving = False
-        await self._health.enter_graceful_shutdown()
+        draining = asyncio.gather(self._jobs.stop(), self._scheduler.drain())
+        self._service.close_sessions()
+        await self._quiet(min(_MOST_REFUSING_S, self._config.grace_s))
+        # It tells all connections to go elsewhere, at once. A drained call has its
+        # answer, but may not have sent all of it yet.
+        left = max(deadline - time.monotonic(), 0.1)
+        closing = asyncio.create_task(self._server.stop(grace=left))
         try:
-            async with asyncio.timeout(self._config.grace_s):
-                await self._jobs.stop()
-                await self._scheduler.drain()
+            async with asyncio.timeout(max(deadline - time.monotonic(), 0)):
+                await draining
             is_drained = True
         except TimeoutError:
             is_drained = False
-        self._service.close_sessions()
-        # A drained call has its answer, but may not have sent all of it yet.
-        await self._server.stop(grace=max(deadline - time.monotonic(), 0.1))
+        await closing
         await self._jobs.close()
         self._executor.close()
         await self._close_metrics()
+        if self._telemetry is not None:
+            await asyncio.to_thread(self._telemetry.close)
         return is_drained
+
+    async def _quiet(self, most_s: float) -> None:
+        """Waits until no calls arrive: to stop cancels those not taken up yet.
+
+        Those that come meanwhile are refused as UNAVAILABLE, and so tried again.
+        """
+        end, quiet = time.monotonic() + most_s, 0
+        while quiet < _QUIET_TICKS and time.monotonic() < end:
+            before, start = self._boundary.arrivals, time.monotonic()
+            await asyncio.sleep(_TICK_S)
+            # An event loop that lags has not taken up all that is there.
+            is_prompt = time.monotonic() - start < 2 * _TICK_S
+            is_quiet = is_prompt and self._boundary.arrivals == before
+            quiet = quiet + 1 if is_quiet else 0
 
 
 def _gate(config: Config) -> Gate:

@@ -22,6 +22,7 @@ from jacserve.framing import PIECE_BYTES, Frame
 from jacserve.streaming import Assembly, StreamError
 from jacserve.v1 import jacobian_pb2 as pb
 from jacserve.vocabulary import Quantity
+from jacserve_server.admission import shutting_down
 from jacserve_server.callers import Call
 from jacserve_server.calls import Boundary, Handler, Observer, add_handlers
 from jacserve_server.catalog import Catalog
@@ -81,6 +82,7 @@ class JacobianService:
         self._found = ""
         self._reader = RequestReader(self._find)
         self._writer = ReplyWriter()
+        self._is_closed = False
         self._sessions: set[Session] = set()
 
     async def ListFunctions(  # noqa: N802, D102
@@ -131,6 +133,8 @@ class JacobianService:
         self, requests: AsyncIterator[bytes], call: Call
     ) -> AsyncGenerator[bytes]:
         session = Session(_Answerer(self, call, self._boundary.observer))
+        if self._is_closed:
+            raise shutting_down()
         self._sessions.add(session)
         try:
             raws = self._boundary.requests(requests, call)
@@ -141,7 +145,8 @@ class JacobianService:
             self._sessions.discard(session)
 
     def close_sessions(self) -> None:
-        """Ends the sessions that are open, as unavailable, once all is answered."""
+        """Ends sessions, also new ones, as unavailable, once all is answered."""
+        self._is_closed = True
         for session in self._sessions:
             session.close()
 
@@ -428,7 +433,7 @@ class _Answerer:
     def begun(self) -> Call:
         stream = self._stream
         start = time.perf_counter()
-        return Call("Session", stream.caller, stream.request_id, start)
+        return Call("Session", stream.caller, stream.request_id, start, True)
 
     def answer_now(self, raw: bytes, call: Call) -> bytes | None:
         return self._service.evaluate_now(raw, call)

@@ -1,6 +1,8 @@
 """What Prometheus is told over HTTP, and administrators over gRPC, of real calls."""
 
 import asyncio
+import json
+import re
 import threading
 import time
 import urllib.error
@@ -25,6 +27,7 @@ from jacserve_server.config import Config
 from jacserve_server.tallies import SECONDS, Histogram, quantile
 from server_process import server_process
 
+ROOT = Path(__file__).parents[2]
 Labels = frozenset[tuple[str, str]]
 ZOO_FUNCTION = """
 import jax.numpy as jnp
@@ -370,3 +373,28 @@ def test_a_server_that_does_not_answer_fails_the_scrape() -> None:
         return 200
 
     assert asyncio.run(scrape()) == 503
+
+
+def names_in(text: str) -> set[str]:
+    return set(re.findall(r"\b(?:jacserve|process)_\w+", text))
+
+
+def test_dashboard_and_alerts_ask_for_what_there_is(server: RunningServer) -> None:
+    with jacserve.Client(server.target) as client:
+        client.jacobian("square", np.ones(3))
+    with urllib.request.urlopen(server.metrics_url, timeout=30) as response:
+        text = response.read().decode()
+    there = names_in(re.sub("{.*", "", text)) | {
+        f"{name}_bucket" for name in re.findall(r"# TYPE (\w+) histogram", text)
+    }
+    board = json.loads((ROOT / "deploy/grafana/jacserve.json").read_text())
+    expressions = [each["expr"] for p in board["panels"] for each in p["targets"]]
+    variables = [str(each.get("query")) for each in board["templating"]["list"]]
+    asked = names_in(" ".join(expressions + variables))
+    assert asked <= there
+    # All of ours are shown.
+    ours = set(re.findall(r"# TYPE (jacserve_\w+)", text))
+    assert {n for n in ours if not any(a.startswith(n) for a in asked)} == set()
+    alerts = (ROOT / "deploy/prometheus/alerts.yml").read_text()
+    assert names_in(alerts)
+    assert names_in(alerts) <= there
