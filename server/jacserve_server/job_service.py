@@ -13,6 +13,7 @@ from jacserve.v1 import jobs_pb2
 from jacserve_server.admission import shutting_down
 from jacserve_server.callers import Call
 from jacserve_server.calls import Boundary, Handler, add_handlers
+from jacserve_server.streams import Streams
 
 if TYPE_CHECKING:
     from jacserve_server.jobs.desk import JobDesk
@@ -24,14 +25,21 @@ class JobService:
     Messages with tensors come and go serialized: see `add_to_server`.
     """
 
-    def __init__(self, open_desk: "Callable[[], JobDesk]", boundary: Boundary) -> None:
+    def __init__(
+        self,
+        open_desk: "Callable[[], JobDesk]",
+        boundary: Boundary,
+        streams: Streams,
+    ) -> None:
         """Opens nothing yet.
 
         Args:
             open_desk: Opens the desk; it may block, and raise ServiceError. It is
                 called in a thread, when it is first needed.
             boundary: Lets calls in, and turns failures into their statuses.
+            streams: Counts streams, and ends those that stand still.
         """
+        self._streams = streams
         self._boundary = boundary
         self._open_desk = open_desk
         self._opening: asyncio.Task[JobDesk] | None = None
@@ -100,7 +108,7 @@ class JobService:
     async def WatchJob(  # noqa: N802, D102
         self, request: jobs_pb2.WatchJobRequest, context: Any
     ) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
-        answering = partial(self._watch, request)
+        answering = self._streams.pacing(partial(self._watch, request))
         parts = self._boundary.stream(context, "WatchJob", answering)
         async with aclosing(parts):
             async for part in parts:
@@ -125,14 +133,16 @@ class JobService:
     async def ReadJobResult(  # noqa: N802, D102
         self, request: jobs_pb2.ReadJobResultRequest, context: Any
     ) -> AsyncIterator[bytes]:
-        answering = partial(self._read, request)
+        answering = self._streams.pacing(partial(self._read, request))
         parts = self._boundary.stream(context, "ReadJobResult", answering)
         async with aclosing(parts):
             async for part in parts:
                 yield part
 
     async def _create(self, requests: AsyncIterator[bytes], call: Call) -> jobs_pb2.Job:
-        return await (await self.desk()).create(requests)
+        with self._streams.place(call.client):
+            desk = await self.desk()
+            return await desk.create(self._streams.arriving(requests))
 
     async def _get(self, request: jobs_pb2.GetJobRequest, call: Call) -> jobs_pb2.Job:
         return await (await self.desk()).get(request.name)

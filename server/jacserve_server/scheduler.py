@@ -22,7 +22,13 @@ from jacserve_server.batches import bucket_for
 from jacserve_server.coalescing import Gain, Gains, buckets_to_measure, together
 from jacserve_server.errors import ServiceError
 from jacserve_server.fair_queue import FairQueue
-from jacserve_server.sharding import divided, joined, part_rows
+from jacserve_server.sharding import (
+    divided,
+    in_smaller_parts,
+    joined,
+    may_be_smaller,
+    part_rows,
+)
 from jacserve_server.work import (
     Computation,
     Outcome,
@@ -64,11 +70,11 @@ class Executor(Protocol[P]):
         """Returns a program that can run now, else None."""
         ...
 
-    async def prepare(self, key: ProgramKey) -> P:
-        """Returns a program, compiled if need be."""
+    async def prepare(self, key: ProgramKey, client: str = "") -> P:
+        """Returns a program, compiled if need be, in the client's turn."""
         ...
 
-    async def sparsity(self, sought: SparsityKey) -> Sparsity:
+    async def sparsity(self, sought: SparsityKey, client: str = "") -> Sparsity:
         """Finds a sparsity pattern."""
         ...
 
@@ -134,6 +140,8 @@ class Scheduler(Generic[P]):
         max_queries: int,
         max_bytes: int,
         shard_rows: int = 2**62,
+        max_client_queries: int | None = None,
+        max_client_bytes: int | None = None,
     ) -> None:
         """Starts idle.
 
@@ -144,6 +152,9 @@ class Scheduler(Generic[P]):
             max_bytes: The most bytes in flight, of requests and of large results; one
                 query alone always fits.
             shard_rows: Batches of at least so many rows are divided among devices.
+            max_client_queries: The most queries in flight of one client; None for its
+                part of them alone.
+            max_client_bytes: The most bytes in flight of one client, likewise.
         """
         self.gains = Gains()
         self._executor = executor
@@ -151,7 +162,12 @@ class Scheduler(Generic[P]):
         self._free_slots = [slots] * executor.places
         self._shard_rows = shard_rows if executor.places > 1 else 2**62
         executor.when_ready(self._give_slots)
-        self._admission = Admission(max_queries=max_queries, max_bytes=max_bytes)
+        self._admission = Admission(
+            max_queries=max_queries,
+            max_bytes=max_bytes,
+            max_client_queries=max_client_queries,
+            max_client_bytes=max_client_bytes,
+        )
         self._queue = FairQueue[_Waiting[P]]()
         self._background = FairQueue[_Waiting[P]]()
         self._last_query = -math.inf
@@ -216,6 +232,20 @@ class Scheduler(Generic[P]):
             ServiceError: The work can't be compiled or run, or its result has no
                 room beside all that is in flight.
         """
+        try:
+            return await self._submit(work, ticket, max_result_bytes)
+        except ServiceError as error:
+            if not may_be_smaller(work, error):
+                raise
+
+        async def run(part: Work) -> Outcome:
+            return await self._submit(part, ticket, None)
+
+        return await in_smaller_parts(work, run)
+
+    async def _submit(
+        self, work: Work, ticket: Ticket | None, max_result_bytes: int | None
+    ) -> Outcome:
         start = time.monotonic()
         client = ticket.client if ticket is not None else ""
         rows = work.batch
@@ -224,7 +254,7 @@ class Scheduler(Generic[P]):
         key = ProgramKey(work.computation, bucket_for(rows))
         program, compile_s = self._executor.ready(key), 0.0
         if program is None:
-            program = await self._executor.prepare(key)
+            program = await self._executor.prepare(key, client)
             compile_s = time.monotonic() - start
         self._check_size(program, work, max_result_bytes)
         if rows == work.batch and self._executor.is_brief(program):
@@ -242,7 +272,9 @@ class Scheduler(Generic[P]):
             [outcome] = await self._in_turn(program, [work], client, kind)
         return replace(outcome, compile_s=compile_s) if compile_s else outcome
 
-    async def submit_background(self, work: Work, client: str) -> Outcome:
+    async def submit_background(
+        self, work: Work, client: str, *, is_whole: bool = False
+    ) -> Outcome:
         """Executes work when no query needs the device.
 
         While there are queries, it never takes the last free slot of a device.
@@ -250,6 +282,7 @@ class Scheduler(Generic[P]):
         Args:
             work: What to run.
             client: Whose it is; they take turns.
+            is_whole: Whether it must not be divided where the memory does not suffice.
 
         Returns:
             What came of it, with the seconds it waited.
@@ -257,9 +290,23 @@ class Scheduler(Generic[P]):
         Raises:
             ServiceError: The work can't be compiled or run.
         """
+        try:
+            return await self._submit_background(work, client)
+        except ServiceError as error:
+            if is_whole or not may_be_smaller(work, error):
+                raise
+
+        async def run(part: Work) -> Outcome:
+            return await self._submit_background(part, client)
+
+        return await in_smaller_parts(work, run)
+
+    async def _submit_background(self, work: Work, client: str) -> Outcome:
         start = time.monotonic()
         key = ProgramKey(work.computation, bucket_for(work.batch))
-        program = self._executor.ready(key) or await self._executor.prepare(key)
+        program = self._executor.ready(key)
+        if program is None:
+            program = await self._executor.prepare(key, client)
         compile_s = time.monotonic() - start
         waiting = self._enter_queue(program, [work], client, None, self._background)
         [outcome] = await self._answer(waiting)
@@ -313,11 +360,12 @@ class Scheduler(Generic[P]):
                 break
         return self.gains.record(work.computation, seconds)
 
-    async def sparsity(self, sought: SparsityKey) -> Sparsity:
+    async def sparsity(self, sought: SparsityKey, client: str = "") -> Sparsity:
         """Finds a sparsity pattern, which takes no device.
 
         Args:
             sought: Whose.
+            client: Who asks.
 
         Returns:
             The pattern, and what it costs.
@@ -325,7 +373,7 @@ class Scheduler(Generic[P]):
         Raises:
             ServiceError: It can't be found.
         """
-        return await self._executor.sparsity(sought)
+        return await self._executor.sparsity(sought, client)
 
     async def drain(self) -> None:
         """Refuses new work from now on, and waits until all that runs has finished."""

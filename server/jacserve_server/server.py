@@ -36,6 +36,7 @@ from jacserve_server.registration import build_catalog
 from jacserve_server.registry import Registry, WarmUp
 from jacserve_server.service import JacobianService, add_to_server
 from jacserve_server.signature import FunctionSpec
+from jacserve_server.streams import Streams
 from jacserve_server.warmup import first_work, further_work, single_point
 from jacserve_server.work import Work
 
@@ -48,6 +49,17 @@ _SERVICES = (
 )
 # The largest message received; larger queries come in parts. It is gRPC's default.
 _MESSAGE_BYTES = 4 * 2**20
+_METADATA_BYTES = 2**14
+_HANDSHAKE_MS = 10_000
+_KEEPALIVE = (
+    # A connection whose other end is gone is noticed so: pinged after the first time
+    # without traffic, and closed where there is no reply for the second.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # And clients may ping so often themselves, with calls or without.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+)
 
 
 class AddressError(Exception):
@@ -98,17 +110,32 @@ class Server:
                 ("grpc.max_concurrent_streams", config.max_streams),
                 # Else calls at that very limit are reset, not held back.
                 ("grpc.http.overload_protection", 0),
+                # One more is closed before anything is read from it.
+                ("grpc.max_allowed_incoming_connections", config.max_connections),
+                ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
+                *_KEEPALIVE,
+                # Beyond the first, more headers make a refusal ever more likely.
+                ("grpc.max_metadata_size", _METADATA_BYTES),
+                ("grpc.absolute_max_metadata_size", 2 * _METADATA_BYTES),
             ]
         )
         boundary = Boundary(OpenGate(), _Unobserved())
+        streams = Streams(
+            max_per_client=config.max_identity_streams, idle_s=config.stream_idle_s
+        )
         self._service = JacobianService(
             catalog,
             self._scheduler,
             partial(machine.measurements.of, device=machine.device_kind),
             config.max_payload_bytes,
             boundary,
+            streams,
+            max_rank=config.max_rank,
+            session_idle_s=config.session_idle_s,
         )
-        self._jobs = JobService(partial(_open_desk, catalog, machine, config), boundary)
+        self._jobs = JobService(
+            partial(_open_desk, catalog, machine, config), boundary, streams
+        )
         add_to_server(self._service, self._server, boundary)
         job_service.add_to_server(self._jobs, self._server, boundary)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

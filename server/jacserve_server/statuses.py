@@ -30,6 +30,12 @@ def explained(error: BaseException, request_id: str) -> ServiceError:
     """
     if isinstance(error, ServiceError):
         return error
+    if isinstance(error, MemoryError):
+        return ServiceError(
+            "DEVICE_OUT_OF_MEMORY",
+            "the server has no memory left for this call. Send fewer points at once, "
+            "or try again later.",
+        )
     _log.error("request %s failed", request_id, exc_info=error)
     text = f"the server failed on this call. Its log has more under {request_id}."
     return ServiceError("UNEXPECTED", text)
@@ -74,6 +80,7 @@ def _details(error: ServiceError) -> list[Message]:
             )
         )
     if error.retry_after_s is not None:
-        delay = Duration(nanos=int(error.retry_after_s * 1e9))
+        delay = Duration()
+        delay.FromNanoseconds(int(error.retry_after_s * 1e9))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     return details
