@@ -51,7 +51,7 @@ _SERVICES = (
 _MESSAGE_BYTES = 4 * 2**20
 _METADATA_BYTES = 2**14
 _HANDSHAKE_MS = 10_000
-_KEEPALIVE = (
+KEEPALIVE = (
     # A connection whose other end is gone is noticed so: pinged after the first time
     # without traffic, and closed where there is no reply for the second.
     ("grpc.keepalive_time_ms", 60_000),
@@ -113,7 +113,7 @@ class Server:
                 # One more is closed before anything is read from it.
                 ("grpc.max_allowed_incoming_connections", config.max_connections),
                 ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
-                *_KEEPALIVE,
+                *KEEPALIVE,
                 # Beyond the first, more headers make a refusal ever more likely.
                 ("grpc.max_metadata_size", _METADATA_BYTES),
                 ("grpc.absolute_max_metadata_size", 2 * _METADATA_BYTES),

@@ -146,7 +146,9 @@ class LocalEngine:
             async def run(rows: int) -> Outcome:
                 stop = min(rows, task.point_count)
                 arrays = await self._in_thread(self._read, task, 0, stop)
-                return await self._compute(task, arrays, rows, is_whole=True)
+                # Else it could not be seen that fewer at once are better.
+                is_whole = not batch_size
+                return await self._compute(task, arrays, rows, is_whole=is_whole)
 
             most = self._max_batch(task.computation.function)
             sizes, sample = await choose_sizes(
