@@ -56,6 +56,7 @@ KEEPALIVE = (
     # without traffic, and closed where there is no reply for the second.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # And clients may ping so often themselves, with calls or without.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
