@@ -261,7 +261,7 @@ class Scheduler(Generic[P]):
             outcome = self._executor.run_now(program, work)
             return replace(outcome, compile_s=compile_s) if compile_s else outcome
         if ticket is not None:
-            size_bytes = self._executor.result_bytes(program, work)
+            size_bytes = self._held_bytes(program, work, rows)
             if size_bytes > _FREE_BYTES:
                 ticket.grow(size_bytes - _FREE_BYTES)
         if rows is not None and rows != work.batch:
@@ -311,6 +311,21 @@ class Scheduler(Generic[P]):
         waiting = self._enter_queue(program, [work], client, None, self._background)
         [outcome] = await self._answer(waiting)
         return replace(outcome, compile_s=compile_s)
+
+    def _held_bytes(self, program: P, work: Work, rows: int | None) -> int:
+        """Returns the bytes that work takes beside its request, at its worst."""
+        result_bytes = self._executor.result_bytes(program, work)
+        if rows is None or not work.batch:
+            return result_bytes
+        if rows != work.batch:
+            return 2 * result_bytes  # The parts, and what they are joined into.
+        bucket = bucket_for(rows) or 0
+        if bucket == rows:
+            return result_bytes
+        # Padded copies of the inputs, and results with their padding.
+        specs = zip(work.computation.arrays, work.arrays, strict=True)
+        batched = sum(array.nbytes for spec, array in specs if spec.is_batched)
+        return (result_bytes + batched) * bucket // rows
 
     def _check_size(self, program: P, work: Work, max_result_bytes: int | None) -> None:
         self._executor.check_size(program, work)
