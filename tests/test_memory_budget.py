@@ -71,8 +71,6 @@ def test_a_flood_of_large_queries_stays_within_the_budget() -> None:
             watching.join()
             assert client.value("double", np.ones(3))[0] == 2.0
     grown = most[0] - before
-    print(
-        f"{sum(answered)} answered, {grown / MIB:.0f} MiB more at most", os.cpu_count()
-    )
+    print(f"{sum(answered)} answered, {grown / MIB:.0f} MiB more at most")
     assert sum(answered) > 0
     assert grown < BUDGET + CLIENTS * AHEAD + 48 * MIB
