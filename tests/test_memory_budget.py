@@ -1,9 +1,9 @@
 """A flood of large queries: a server's memory stays within what its settings say."""
 
+import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ registry = Registry()
 MIB = 2**20
 BUDGET = 256 * MIB
 # Beside what is counted, gRPC reads ahead of the server, and writes behind it.
-CLIENTS, AHEAD = 12, 16 * MIB
+CLIENTS, AHEAD = 12, 24 * MIB
 
 
 @registry.function
@@ -58,9 +58,12 @@ def test_a_flood_of_large_queries_stays_within_the_budget() -> None:
                 with jacserve.Client(target, timeout_s=60) as one:
                     end = time.monotonic() + 12
                     while time.monotonic() < end:
-                        with suppress(jacserve.OverloadedError):
+                        try:
                             assert one.value("double", points)[0, 0] == 2.0
                             answered += 1
+                        except jacserve.OverloadedError as error:
+                            # All at once they would keep out each other for ever.
+                            time.sleep(error.retry_after_s * random.uniform(1, 10))
                 return answered
 
             watching = threading.Thread(target=watch)
@@ -73,4 +76,5 @@ def test_a_flood_of_large_queries_stays_within_the_budget() -> None:
     grown = most[0] - before
     print(f"{sum(answered)} answered, {grown / MIB:.0f} MiB more at most")
     assert sum(answered) > 0
-    assert grown < BUDGET + CLIENTS * AHEAD + 48 * MIB
+    # Two programs run, each with a padded copy of its inputs.
+    assert grown < BUDGET + CLIENTS * AHEAD + 2 * 64 * MIB

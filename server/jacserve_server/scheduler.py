@@ -320,12 +320,7 @@ class Scheduler(Generic[P]):
         if rows != work.batch:
             return 2 * result_bytes  # The parts, and what they are joined into.
         bucket = bucket_for(rows) or 0
-        if bucket == rows:
-            return result_bytes
-        # Padded copies of the inputs, and results with their padding.
-        specs = zip(work.computation.arrays, work.arrays, strict=True)
-        batched = sum(array.nbytes for spec, array in specs if spec.is_batched)
-        return (result_bytes + batched) * bucket // rows
+        return result_bytes * bucket // rows  # Padding goes with it to the end.
 
     def _check_size(self, program: P, work: Work, max_result_bytes: int | None) -> None:
         self._executor.check_size(program, work)
