@@ -308,8 +308,12 @@ def test_pages_that_are_none(raw: Raw, fields: dict[str, Any]) -> None:
 
 def test_a_state_named_very_often(raw: Raw) -> None:
     raw.end(raw.create(GOOD))
-    states: Any = [3] * 300_000
+    states: Any = [3] * 200_000
     request = jobs_pb2.ListJobsRequest(states=states, page_size=1)
+    large = jobs_pb2.ListJobsRequest(states=states * 2).SerializeToString()
+    with pytest.raises(jacserve.InvalidRequestError) as caught:
+        raw.ask("ListJobs", large)
+    assert caught.value.reason == "MALFORMED_REQUEST"
     page = raw.ask("ListJobs", request.SerializeToString())
     assert len(jobs_pb2.ListJobsResponse.FromString(page).jobs) == 1
 

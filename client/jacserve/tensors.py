@@ -234,12 +234,13 @@ def spec_of(tensor: pb.Tensor, size_bytes: int) -> TensorSpec:
             f"Set one of {', '.join(DTYPES)}."
         ) from None
     dtype = dtype_named(name)
-    shape = tuple(tensor.shape)
-    if len(shape) > MAX_RANK:
+    rank = len(tensor.shape)
+    if rank > MAX_RANK:
         raise MalformedTensorError(
-            f"the shape has {len(shape)} axes, but at most {MAX_RANK} are allowed. "
+            f"the shape has {rank} axes, but at most {MAX_RANK} are allowed. "
             "Reshape the array."
         )
+    shape = tuple(tensor.shape)
     if shape and not (min(shape) >= 0 and max(shape) <= MAX_AXIS_SIZE):
         raise MalformedTensorError(
             f"the shape {format_shape(shape)} has an axis outside "

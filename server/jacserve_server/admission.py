@@ -97,13 +97,26 @@ class Admission:
         queries: How many queries are in flight.
     """
 
-    def __init__(self, *, max_queries: int, max_bytes: int) -> None:
+    def __init__(
+        self,
+        *,
+        max_queries: int,
+        max_bytes: int,
+        max_client_queries: int | None = None,
+        max_client_bytes: int | None = None,
+    ) -> None:
         """Starts with nothing in flight.
 
         Args:
             max_queries: The most queries in flight.
             max_bytes: The most bytes in flight; one query alone always fits.
+            max_client_queries: The most queries in flight of one client; None for
+                its part of them alone.
+            max_client_bytes: The most bytes in flight of one client, likewise; the
+                only query of a client always fits.
         """
+        self._max_client_queries = max_client_queries
+        self._max_client_bytes = max_client_bytes
         self.queries = 0
         self._on_leave: Callable[[], None] | None = None
         self._max_queries = max_queries
@@ -160,6 +173,7 @@ class Admission:
             self._check_room(room, ticket.size_bytes)
             if share is not None:
                 self._check_share(share, room)
+                self._check_client(share, 1, ticket.size_bytes)
         if share is None:
             share = self._shares[ticket.client] = _Share()
         share.queries += 1
@@ -189,10 +203,13 @@ class Admission:
         Raises:
             ServiceError: So many are not left, and others have the rest.
         """
+        share = self._shares[ticket.client]
         if self.queries > 1:
             self._check_room(1, size_bytes)
+            if share.queries > 1:
+                self._check_client(share, 0, size_bytes)
         ticket.size_bytes += size_bytes
-        self._shares[ticket.client].size_bytes += size_bytes
+        share.size_bytes += size_bytes
         self._size_bytes += size_bytes
 
     def _check_room(self, room: int, size_bytes: int) -> None:
@@ -211,6 +228,20 @@ class Admission:
                 f"are in flight, and it may have no more than are left for others: "
                 f"{room} of {self._max_queries} queries, {bytes_left} of "
                 f"{self._max_bytes} bytes. "
+            )
+
+    def _check_client(self, share: _Share, queries: int, size_bytes: int) -> None:
+        most, most_bytes = self._max_client_queries, self._max_client_bytes
+        if most is not None and share.queries + queries > most:
+            raise self._full(
+                f"{share.queries} queries of this client are in flight, and this "
+                f"server takes {most} of each. "
+            )
+        if most_bytes is not None and share.size_bytes + size_bytes > most_bytes:
+            raise self._full(
+                f"{share.size_bytes} bytes of this client are in flight, and this "
+                f"server takes {most_bytes} of each, so that {size_bytes} more have "
+                "no room. "
             )
 
     def _full(self, problem: str) -> ServiceError:

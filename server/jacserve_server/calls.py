@@ -26,6 +26,7 @@ from jacserve_server.callers import Call
 from jacserve_server.errors import ServiceError
 from jacserve_server.statuses import explained, status_of
 
+_REQUEST_BYTES = 2**18
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 _Status = tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]
@@ -251,7 +252,7 @@ def _handler(
 
         async def stream(raw: bytes, context: Any) -> AsyncIterator[Any]:
             try:
-                request = read(raw)
+                request = _read(read, raw)
             except DecodeError:
                 await refuse(context)
                 return
@@ -263,13 +264,20 @@ def _handler(
 
     async def unary(raw: bytes, context: Any) -> Any:
         try:
-            request = read(raw)
+            request = _read(read, raw)
         except DecodeError:
             return await refuse(context)
         found = await call(request, context)
         return found if write is None else write(found)
 
     return kind(unary, None, None)
+
+
+def _read(read: Callable[[bytes], Any], raw: bytes) -> Any:
+    # Small messages all, without tensors: a large one is parsed for nothing.
+    if len(raw) > _REQUEST_BYTES:
+        raise DecodeError("it is larger than any such message has to be")
+    return read(raw)
 
 
 async def _unreadable(call: Call) -> bytes:

@@ -60,10 +60,25 @@ class Config(BaseSettings):
             goes first.
         max_streams: Calls that one connection may have open at once; further ones
             wait in the client.
+        max_connections: Connections that are open; more are closed at once.
         max_queries: Queries in flight; more are refused. One client may take a place
             only while it has fewer than are left.
         max_queued_bytes: Bytes in flight, of requests and of what results have beyond
             1 MiB; more are refused, and one client has its part, as of queries.
+        max_identity_queries: The most queries in flight of one client; None for its
+            part alone.
+        max_identity_bytes: The most bytes in flight of one client; likewise.
+        max_identity_streams: The most streams that one client may have open: sessions,
+            uploads, watched jobs and results of jobs.
+        max_identity_programs: The most compiled programs kept of those that one client
+            was the first to ask for; None for half of max_programs.
+        compile_budget_s: Seconds of compiling that one client may have in an hour, and
+            at once; 0 for any.
+        stream_idle_s: Seconds after which a stream is ended whose client neither sends
+            what it has begun nor takes what it is sent.
+        session_idle_s: Seconds after which a session is ended that is not used; 0 for
+            never.
+        max_rank: The most axes of an array in a query.
         max_coalesced: Waiting points that may be computed together; 1 for none.
         max_payload_bytes: The most that the arrays of one query may take, and those
             of one result.
@@ -123,8 +138,17 @@ class Config(BaseSettings):
     compile_threads: int = Field(default=min(os.cpu_count() or 1, 2), ge=1)
     max_programs: int = Field(default=256, ge=1)
     max_streams: int = Field(default=256, ge=1)
+    max_connections: int = Field(default=1000, ge=1)
     max_queries: int = Field(default=1024, ge=1)
     max_queued_bytes: int = Field(default=2**31, ge=2**10)
+    max_identity_queries: int | None = Field(default=None, ge=1)
+    max_identity_bytes: int | None = Field(default=None, ge=2**10)
+    max_identity_streams: int = Field(default=128, ge=1)
+    max_identity_programs: int | None = Field(default=None, ge=1)
+    compile_budget_s: float = Field(default=600.0, ge=0)
+    stream_idle_s: float = Field(default=60.0, gt=0)
+    session_idle_s: float = Field(default=3600.0, ge=0)
+    max_rank: int = Field(default=16, ge=0, le=32)
     max_coalesced: int = Field(default=64, ge=1)
     max_payload_bytes: int = Field(default=2**30, ge=2**10)
     max_program_bytes: int | None = Field(default=None, ge=2**20)

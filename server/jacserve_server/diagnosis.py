@@ -1,5 +1,6 @@
 """Says in words why a program could not be made or run."""
 
+import re
 from collections.abc import Sequence
 
 from jacserve.vocabulary import Mode
@@ -79,17 +80,23 @@ def _text(error: BaseException) -> str:
     return describe_exception(error)
 
 
+# "Out of memory allocating 80 bytes", and on GPUs "... to allocate 7.5GiB".
+_WANTED = re.compile(r"allocat(?:e|ing) ([\d.]+ ?(?:bytes|[KMGT]?i?B\b))")
+
+
 def execution_error(key: ProgramKey, error: Exception) -> ServiceError:
     """Says that a program failed while it ran, or that the memory did not suffice."""
     resource = f"functions/{key.computation.function}"
     text = describe_exception(error)
-    if str(error).startswith("RESOURCE_EXHAUSTED"):
+    if isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED"):
+        wanted = _WANTED.search(str(error))
         return ServiceError(
             "DEVICE_OUT_OF_MEMORY",
             f"{resource} does not fit into the device's memory at {key.bucket or 1} "
             f"points: {text}. Ask for fewer points at once.",
             function=resource,
             points=key.bucket or 1,
+            wanted=wanted[1] if wanted else "",
         )
     return ServiceError(
         "EXECUTION_FAILED",

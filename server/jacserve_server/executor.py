@@ -6,19 +6,23 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import jax
 
+from jacserve.tensors import Array
 from jacserve_server import xla_threads
 from jacserve_server.batches import finite_points, padded
 from jacserve_server.catalog import RegisteredFunction
 from jacserve_server.coalescing import gathered, separated
+from jacserve_server.compile_turns import CompileTurns, owner_of
 from jacserve_server.device_threads import DeviceThreads
+from jacserve_server.diagnosis import execution_error
+from jacserve_server.errors import ServiceError
 from jacserve_server.programs import (
     Device,
     Limits,
@@ -27,6 +31,7 @@ from jacserve_server.programs import (
     compile_program,
     device_name,
     fingerprint,
+    smaller,
 )
 from jacserve_server.replicas import Replicas
 from jacserve_server.single_flight import SingleFlight
@@ -207,6 +212,8 @@ class Executor:
         max_programs: int,
         limits: Limits,
         measured: Callable[[ProgramKey], Sequence[Strategy]] = lambda _: (),
+        max_owned_programs: int | None = None,
+        compile_budget_s: float = 0.0,
     ) -> None:
         """Starts no work yet.
 
@@ -219,7 +226,12 @@ class Executor:
             max_programs: How many compiled ones are kept for each device.
             limits: What one program may take.
             measured: Finds the strategies that were measured, the fastest first.
+            max_owned_programs: How many are kept that one client has first asked for;
+                None for half of all.
+            compile_budget_s: The seconds of compiling that one client may have in an
+                hour; 0 for any.
         """
+        share = max_owned_programs or max(1, max_programs // 2)
         self._measured = measured
         self._find = find
         self._devices = (device, *others)
@@ -234,13 +246,15 @@ class Executor:
         )
         # The scheduler sees to it that no device has more than its threads.
         self._device_threads = DeviceThreads(threads * self.places)
-        self._compile_threads = ThreadPoolExecutor(compile_threads, "compile")
+        self._turns = CompileTurns(compile_threads, budget_s=compile_budget_s)
         self._programs = SingleFlight[_Decided, Program](
-            self._compile_threads, capacity=max_programs
+            self._turns.submit, capacity=max_programs, share=share
         )
         self._decisions = SingleFlight[ProgramKey, tuple[_Decided, Decision]](
-            self._compile_threads, capacity=max_programs
+            self._turns.submit, capacity=max_programs, share=share
         )
+        # Those that stand in for programs which the memory did not suffice for.
+        self._frugal: WeakKeyDictionary[Program, Program] = WeakKeyDictionary()
         # These serve every batch size and every set of quantities.
         self._results = functools.lru_cache(maxsize=max_programs)(self._trace)
         self._sparsity = functools.lru_cache(maxsize=max_programs)(self._find_sparsity)
@@ -260,67 +274,69 @@ class Executor:
         found = self._decisions.ready(key)
         return None if found is None else self._programs.ready(found[0])
 
-    async def prepare(self, key: ProgramKey) -> Program:
+    async def prepare(self, key: ProgramKey, client: str = "") -> Program:
         """Returns a program, compiled if need be.
 
         What is being compiled when its last asker leaves is finished, for the next.
 
         Args:
             key: Which program.
+            client: Who asks; "" for the server itself.
 
         Returns:
             The program.
 
         Raises:
-            ServiceError: It can't be compiled.
+            ServiceError: It can't be compiled, or not for this client now.
         """
-        function = self._find(key.computation.function)
+        function, owner = self._find(key.computation.function), owner_of(client)
         deciding = partial(self._make, self._decide, function, key)
-        decided, decision = await self._decisions.get(key, deciding)
+        decided, decision = await self._decisions.get(key, deciding, owner)
         device, limits = self._device, self._limits
         compiling = partial(
             self._make, compile_program, function, key, decision, device, limits
         )
-        return await self._programs.get(decided, compiling)
+        return await self._programs.get(decided, compiling, owner)
 
-    async def fingerprint(self, key: ProgramKey) -> str:
+    async def fingerprint(self, key: ProgramKey, client: str = "") -> str:
         """Identifies what a program computes, in this process and in later ones.
 
         Args:
             key: Which program.
+            client: Who asks; "" for the server itself.
 
         Returns:
             A hash of its code, its constants, and the way it differentiates.
 
         Raises:
-            ServiceError: It can't be traced.
+            ServiceError: It can't be traced, or not for this client now.
         """
-        function = self._find(key.computation.function)
+        function, owner = self._find(key.computation.function), owner_of(client)
         deciding = partial(_contained, self._decide, function, key)
-        _, decision = await self._decisions.get(key, deciding)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._compile_threads,
-            partial(_contained, fingerprint, function, key, decision, self._device),
+        _, decision = await self._decisions.get(key, deciding, owner)
+        return await asyncio.wrap_future(
+            self._turns.submit(
+                owner,
+                partial(_contained, fingerprint, function, key, decision, self._device),
+            )
         )
 
-    async def sparsity(self, sought: SparsityKey) -> Sparsity:
+    async def sparsity(self, sought: SparsityKey, client: str = "") -> Sparsity:
         """Finds a sparsity pattern.
 
         Args:
             sought: Whose.
+            client: Who asks; "" for the server itself.
 
         Returns:
             The pattern.
 
         Raises:
-            ServiceError: It can't be found.
+            ServiceError: It can't be found, or not for this client now.
         """
-        loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(
-            self._compile_threads, _contained, self._sparsity, sought
-        )
-        return found.sparsity
+        finding = partial(_contained, self._sparsity, sought)
+        submitted = self._turns.submit(owner_of(client), finding)
+        return (await asyncio.wrap_future(submitted)).sparsity
 
     def on(self, program: Program, place: int) -> Program | None:
         """Returns a program on one of the devices, if it is ready there.
@@ -384,7 +400,7 @@ class Executor:
     def close(self) -> None:
         """Takes no more work; what runs can't be stopped and is not waited for."""
         self._replicas.close()
-        self._compile_threads.shutdown(wait=False, cancel_futures=True)
+        self._turns.close()
         self._device_threads.close()
 
     def _make(self, call: Callable[..., T], *arguments: Any) -> T:
@@ -430,14 +446,53 @@ class Executor:
         return self._execute(program, work, time.monotonic())
 
     def _execute(self, program: Program, work: Work, start: float) -> Outcome:
-        inputs = padded(work, program.key.bucket)
-        with LAPACK if program.is_lone else nullcontext():
-            arrays = program.run(inputs)
-        if work.batch is not None:
-            arrays = [array[: work.batch] for array in arrays]
+        if not program.is_brief:  # Those take next to no memory.
+            program = self._frugal.get(program, program)
+        try:
+            inputs = padded(work, program.key.bucket)
+            try:
+                arrays = _ran(program, inputs)
+            except ServiceError as error:
+                if error.reason != "DEVICE_OUT_OF_MEMORY" or (work.batch or 1) > 1:
+                    raise
+                program, arrays = self._ran_frugally(program, inputs, error)
+            if work.batch is not None:
+                arrays = [array[: work.batch] for array in arrays]
+            finite = finite_points(arrays, work.batch)
+        except MemoryError as error:
+            raise execution_error(program.key, error) from error
         return Outcome(
             outline=program.outline,
             arrays=tuple(arrays),
-            finite=finite_points(arrays, work.batch),
+            finite=finite,
             execute_s=time.monotonic() - start,
         )
+
+    def _ran_frugally(
+        self, program: Program, inputs: Sequence[Array], failure: ServiceError
+    ) -> tuple[Program, list[Array]]:
+        """Runs one point in smaller chunks, which take longer but less memory.
+
+        Batches are not: in parts they are quicker than in chunks, and take no less.
+        """
+        function = self._find(program.key.computation.function)
+        for strategy in smaller(program.decision.strategy):
+            decision = replace(program.decision, strategy=strategy)
+            try:
+                frugal = compile_program(
+                    function, program.key, decision, program.device, self._limits
+                )
+                arrays = _ran(frugal, inputs)
+            except ServiceError as error:
+                if error.reason != "DEVICE_OUT_OF_MEMORY":
+                    raise
+                failure = error
+                continue
+            self._frugal[program] = frugal
+            return frugal, arrays
+        raise failure
+
+
+def _ran(program: Program, inputs: Sequence[Array]) -> list[Array]:
+    with LAPACK if program.is_lone else nullcontext():
+        return program.run(inputs)

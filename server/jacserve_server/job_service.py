@@ -14,6 +14,7 @@ from jacserve_server.access import owner_of
 from jacserve_server.admission import shutting_down
 from jacserve_server.callers import Call
 from jacserve_server.calls import Boundary, Handler, add_handlers
+from jacserve_server.streams import Streams
 
 if TYPE_CHECKING:
     from jacserve_server.jobs.desk import JobDesk
@@ -25,14 +26,21 @@ class JobService:
     Messages with tensors come and go serialized: see `add_to_server`.
     """
 
-    def __init__(self, open_desk: "Callable[[], JobDesk]", boundary: Boundary) -> None:
+    def __init__(
+        self,
+        open_desk: "Callable[[], JobDesk]",
+        boundary: Boundary,
+        streams: Streams,
+    ) -> None:
         """Opens nothing yet.
 
         Args:
             open_desk: Opens the desk; it may block, and raise ServiceError. It is
                 called in a thread, when it is first needed.
             boundary: Lets calls in, and turns failures into their statuses.
+            streams: Counts streams, and ends those that stand still.
         """
+        self._streams = streams
         self._boundary = boundary
         self._open_desk = open_desk
         self._opening: asyncio.Task[JobDesk] | None = None
@@ -109,7 +117,7 @@ class JobService:
     async def WatchJob(  # noqa: N802, D102
         self, request: jobs_pb2.WatchJobRequest, context: Any
     ) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
-        answering = partial(self._watch, request)
+        answering = self._streams.pacing(partial(self._watch, request))
         parts = self._boundary.stream(context, "WatchJob", answering)
         async with aclosing(parts):
             async for part in parts:
@@ -134,7 +142,7 @@ class JobService:
     async def ReadJobResult(  # noqa: N802, D102
         self, request: jobs_pb2.ReadJobResultRequest, context: Any
     ) -> AsyncIterator[bytes]:
-        answering = partial(self._read, request)
+        answering = self._streams.pacing(partial(self._read, request))
         parts = self._boundary.stream(context, "ReadJobResult", answering)
         async with aclosing(parts):
             async for part in parts:
@@ -142,7 +150,10 @@ class JobService:
 
     async def _create(self, requests: AsyncIterator[bytes], call: Call) -> jobs_pb2.Job:
         raws = self._boundary.requests(requests, call)
-        return await (await self.desk()).create(raws, call.caller.identity)
+        with self._streams.place(call.client):
+            desk = await self.desk()
+            arriving = self._streams.arriving(raws)
+            return await desk.create(arriving, call.caller.identity)
 
     async def _get(self, request: jobs_pb2.GetJobRequest, call: Call) -> jobs_pb2.Job:
         owner = owner_of(request.owner, call.caller)

@@ -64,6 +64,8 @@ def build_machine(catalog: Catalog, config: Config) -> Machine:
             program_bytes=config.max_program_bytes or memory_budget(devices),
         ),
         measured=partial(measurements.find, device=device.device_kind),
+        max_owned_programs=config.max_identity_programs,
+        compile_budget_s=config.compile_budget_s,
     )
     scheduler = Scheduler(
         executor,
@@ -71,6 +73,8 @@ def build_machine(catalog: Catalog, config: Config) -> Machine:
         max_queries=config.max_queries,
         max_bytes=config.max_queued_bytes,
         shard_rows=config.shard_rows,
+        max_client_queries=config.max_identity_queries,
+        max_client_bytes=config.max_identity_bytes,
     )
     kind = device.device_kind
     return Machine(executor, scheduler, measurements, kind, threads * len(devices))

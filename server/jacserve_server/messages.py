@@ -12,7 +12,7 @@ from jacserve import sparse, tensors, trees
 from jacserve.dimensions import Dimension
 from jacserve.framing import bytes_field, number_field
 from jacserve.sparse import Pattern
-from jacserve.tensors import Array, MalformedTensorError
+from jacserve.tensors import MAX_RANK, Array, MalformedTensorError
 from jacserve.v1 import jacobian_pb2 as pb
 from jacserve.vocabulary import (
     DTYPES,
@@ -79,18 +79,15 @@ def placeholder(tensor: pb.Tensor) -> Array:
     return np.broadcast_to(np.zeros((), spec.dtype), spec.shape)
 
 
-def decode_query(message: pb.Query, array: ArrayMaker) -> Query:
-    """Decodes a query from anywhere.
+def check_lengths(message: pb.Query, max_rank: int = MAX_RANK) -> None:
+    """Refuses lists and shapes that are longer than any function's can be.
 
     Args:
-        message: The hollow message.
-        array: Makes the arrays of its tensors, in the order of its fields.
-
-    Returns:
-        The query.
+        message: The message.
+        max_rank: The most axes of an array.
 
     Raises:
-        ServiceError: A field has no valid value, or a tensor is malformed.
+        ServiceError: One of them is.
     """
     for field, entries in (
         ("quantities", message.quantities),
@@ -100,15 +97,53 @@ def decode_query(message: pb.Query, array: ArrayMaker) -> Query:
         ("cotangents", message.cotangents),
         ("patterns", message.patterns),
     ):
-        count = len(entries)
-        if count > _MOST_ENTRIES:
-            raise ServiceError(
-                "MALFORMED_REQUEST",
-                f"{field} has {count} entries, and at most {_MOST_ENTRIES} are "
-                "allowed. Name each once.",
-                field=field,
-                entries=count,
-            )
+        _check_length(field, len(entries))
+    for field, given in (
+        ("inputs", message.inputs),
+        ("tangents", message.tangents),
+        ("cotangents", message.cotangents),
+    ):
+        for place, each in enumerate(given):
+            rank = len(each.tensor.shape)
+            if rank > max_rank:
+                raise ServiceError(
+                    "MALFORMED_TENSOR",
+                    f"{field}[{place}] has {rank} axes, but this server takes arrays "
+                    f"of at most {max_rank}. Reshape the array.",
+                    field=f"{field}[{place}].tensor",
+                    rank=rank,
+                    max_rank=max_rank,
+                )
+
+
+def _check_length(field: str, count: int) -> None:
+    if count > _MOST_ENTRIES:
+        raise ServiceError(
+            "MALFORMED_REQUEST",
+            f"{field} has {count} entries, and at most {_MOST_ENTRIES} are allowed. "
+            "Name each once.",
+            field=field,
+            entries=count,
+        )
+
+
+def decode_query(
+    message: pb.Query, array: ArrayMaker, *, max_rank: int = MAX_RANK
+) -> Query:
+    """Decodes a query from anywhere.
+
+    Args:
+        message: The hollow message.
+        array: Makes the arrays of its tensors, in the order of its fields.
+        max_rank: The most axes of an array.
+
+    Returns:
+        The query.
+
+    Raises:
+        ServiceError: A field has no valid value, or a tensor is malformed.
+    """
+    check_lengths(message, max_rank)
     if not message.quantities:
         raise ServiceError(
             "MALFORMED_REQUEST",
@@ -173,6 +208,8 @@ def decode_sparsity_query(message: pb.GetSparsityRequest) -> SparsityQuery:
             field="quantity",
             number=message.quantity,
         )
+    _check_length("sizes", len(message.sizes))
+    _check_length("wrt", len(message.wrt))
     return SparsityQuery(
         function=message.name,
         sizes=dict(message.sizes),

@@ -36,6 +36,8 @@ _CHUNK_SIZES = (512, 64, 8, 1)
 _BRIEF_S = 50e-6
 _TIMED_RUNS = 60
 _MOST_OPERATIONS = 1e6
+# No more than that is copied, or made up to be timed, in so short a time.
+_MOST_BRIEF_BYTES = 2**20
 
 
 def device_name(device: Device) -> str:
@@ -57,7 +59,7 @@ class Limits:
     program_bytes: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Program:
     """A compiled program on one device.
 
@@ -65,6 +67,7 @@ class Program:
         key: What it computes.
         outline: What its results are.
         decision: How it was made, so that it can be made for another device.
+        device: Where it runs.
         row_bytes: Bytes of one point's result.
         has_x64: Whether it was traced with 64-bit types.
         is_lone: Whether it must not run beside its like.
@@ -75,6 +78,7 @@ class Program:
     key: ProgramKey
     outline: Outline
     decision: Decision
+    device: Device
     row_bytes: int
     has_x64: bool
     is_lone: bool
@@ -138,7 +142,7 @@ def compile_program(
             not exist for them, the program would take too much, or XLA fails.
     """
     total = 0
-    for strategy in _ever_smaller(decision.strategy):
+    for strategy in (decision.strategy, *smaller(decision.strategy)):
         program, total, temporary, is_steady = _compiled(
             function, key, replace(decision, strategy=strategy), device, limits
         )
@@ -158,8 +162,8 @@ def compile_program(
     )
 
 
-def _ever_smaller(strategy: Strategy) -> Iterator[Strategy]:
-    yield strategy
+def smaller(strategy: Strategy) -> Iterator[Strategy]:
+    """Yields strategies that take ever less memory: J or H in ever smaller chunks."""
     if "sparse" in strategy.modes or not (strategy.jacobian or strategy.hessian):
         return
     for chunk_size in _CHUNK_SIZES:
@@ -228,6 +232,7 @@ def _compiled(
             device=device_name(device),
         ),
         decision=decision,
+        device=device,
         row_bytes=row_bytes,
         has_x64=has_x64(computation.inputs),
         is_lone=device.platform == "cpu" and has_linear_algebra(traced.jaxpr),
@@ -245,6 +250,7 @@ def _compiled(
         return _Compiled(program, 0, 0, steady)
     temporary = analysis.temp_size_in_bytes
     fixed = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
+    steady = steady and fixed <= _MOST_BRIEF_BYTES
     return _Compiled(program, fixed + temporary, temporary, steady)
 
 

@@ -48,7 +48,9 @@ class Replicas:
         self._thread = ThreadPoolExecutor(1, "compile-replicas")
         self._programs = [
             # None stands for one that could not be made, and is not tried again.
-            SingleFlight[Program, Program | None](self._thread, capacity=max_programs)
+            SingleFlight[Program, Program | None](
+                lambda _, make: self._thread.submit(make), capacity=max_programs
+            )
             for _ in devices
         ]
         self._on_ready: Callable[[], None] = lambda: None

@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from jacserve import framing
 from jacserve.framing import Hole, Recognizer
 from jacserve.streaming import StreamError, read_head
-from jacserve.tensors import TensorSpec
+from jacserve.tensors import MAX_RANK, TensorSpec
 from jacserve.v1 import jacobian_pb2 as pb
 from jacserve_server.errors import ServiceError
 from jacserve_server.messages import arrays_of, decode_query, placeholder
@@ -71,13 +71,17 @@ class StreamedHead:
 class RequestReader:
     """Reads queries from anywhere."""
 
-    def __init__(self, find: Callable[[str], FunctionSpec]) -> None:
+    def __init__(
+        self, find: Callable[[str], FunctionSpec], *, max_rank: int = MAX_RANK
+    ) -> None:
         """Has read nothing yet.
 
         Args:
             find: Finds a function by the name that a query gives.
+            max_rank: The most axes of an array.
         """
         self._find = find
+        self._max_rank = max_rank
         self._recognizer = Recognizer[_Known](capacity=_MOST_KNOWN)
 
     def read(self, raw: bytes) -> Request:
@@ -103,7 +107,7 @@ class RequestReader:
             message, payloads = framing.opened(raw, pb.Query, most_fields=_MOST_FIELDS)
         except DecodeError as error:
             raise _malformed("the query", error) from error
-        query = decode_query(message, arrays_of(payloads))
+        query = decode_query(message, arrays_of(payloads), max_rank=self._max_rank)
         work = plan(query, self._find(query.function))
         request = Request(_without_arrays(query), work)
         # Whether numbers can be converted, and are truth values, is up to them.
@@ -135,7 +139,7 @@ class RequestReader:
             )
         except (DecodeError, StreamError) as error:
             raise _malformed("the stream", error) from error
-        query = decode_query(part.head, placeholder)
+        query = decode_query(part.head, placeholder, max_rank=self._max_rank)
         function = self._find(query.function)
         if not query.cast:  # Whether numbers can be converted, is up to them.
             plan(query, function)

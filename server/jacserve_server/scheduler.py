@@ -22,7 +22,13 @@ from jacserve_server.batches import bucket_for
 from jacserve_server.coalescing import Gain, Gains, buckets_to_measure, together
 from jacserve_server.errors import ServiceError
 from jacserve_server.fair_queue import FairQueue
-from jacserve_server.sharding import divided, joined, part_rows
+from jacserve_server.sharding import (
+    divided,
+    in_smaller_parts,
+    joined,
+    may_be_smaller,
+    part_rows,
+)
 from jacserve_server.tallies import Tallies
 from jacserve_server.work import (
     Computation,
@@ -65,11 +71,11 @@ class Executor(Protocol[P]):
         """Returns a program that can run now, else None."""
         ...
 
-    async def prepare(self, key: ProgramKey) -> P:
-        """Returns a program, compiled if need be."""
+    async def prepare(self, key: ProgramKey, client: str = "") -> P:
+        """Returns a program, compiled if need be, in the client's turn."""
         ...
 
-    async def sparsity(self, sought: SparsityKey) -> Sparsity:
+    async def sparsity(self, sought: SparsityKey, client: str = "") -> Sparsity:
         """Finds a sparsity pattern."""
         ...
 
@@ -159,6 +165,8 @@ class Scheduler(Generic[P]):
         max_queries: int,
         max_bytes: int,
         shard_rows: int = 2**62,
+        max_client_queries: int | None = None,
+        max_client_bytes: int | None = None,
     ) -> None:
         """Starts idle.
 
@@ -169,6 +177,9 @@ class Scheduler(Generic[P]):
             max_bytes: The most bytes in flight, of requests and of large results; one
                 query alone always fits.
             shard_rows: Batches of at least so many rows are divided among devices.
+            max_client_queries: The most queries in flight of one client; None for its
+                part of them alone.
+            max_client_bytes: The most bytes in flight of one client, likewise.
         """
         self.gains = Gains()
         self.tallies = Tallies()
@@ -177,7 +188,12 @@ class Scheduler(Generic[P]):
         self._free_slots = [slots] * executor.places
         self._shard_rows = shard_rows if executor.places > 1 else 2**62
         executor.when_ready(self._give_slots)
-        self._admission = Admission(max_queries=max_queries, max_bytes=max_bytes)
+        self._admission = Admission(
+            max_queries=max_queries,
+            max_bytes=max_bytes,
+            max_client_queries=max_client_queries,
+            max_client_bytes=max_client_bytes,
+        )
         self._queue = FairQueue[_Waiting[P]]()
         self._background = FairQueue[_Waiting[P]]()
         self._last_query = -math.inf
@@ -257,6 +273,20 @@ class Scheduler(Generic[P]):
             ServiceError: The work can't be compiled or run, or its result has no
                 room beside all that is in flight.
         """
+        try:
+            return await self._submit(work, ticket, max_result_bytes)
+        except ServiceError as error:
+            if not may_be_smaller(work, error):
+                raise
+
+        async def run(part: Work) -> Outcome:
+            return await self._submit(part, ticket, None)
+
+        return await in_smaller_parts(work, run)
+
+    async def _submit(
+        self, work: Work, ticket: Ticket | None, max_result_bytes: int | None
+    ) -> Outcome:
         start = time.monotonic()
         client = ticket.client if ticket is not None else ""
         rows = work.batch
@@ -267,7 +297,7 @@ class Scheduler(Generic[P]):
         if ticket is not None:
             self._count_program(is_ready=program is not None)
         if program is None:
-            program = await self._executor.prepare(key)
+            program = await self._executor.prepare(key, client)
             compile_s = time.monotonic() - start
         self._check_size(program, work, max_result_bytes)
         if rows == work.batch and self._executor.is_brief(program):
@@ -276,7 +306,7 @@ class Scheduler(Generic[P]):
                 outcome = replace(outcome, compile_s=compile_s)
             return outcome if ticket is None else self._counted(work, outcome)
         if ticket is not None:
-            size_bytes = self._executor.result_bytes(program, work)
+            size_bytes = self._held_bytes(program, work, rows)
             if size_bytes > _FREE_BYTES:
                 ticket.grow(size_bytes - _FREE_BYTES)
         if rows is not None and rows != work.batch:
@@ -289,7 +319,9 @@ class Scheduler(Generic[P]):
             outcome = replace(outcome, compile_s=compile_s)
         return outcome if ticket is None else self._counted(work, outcome)
 
-    async def submit_background(self, work: Work, client: str) -> Outcome:
+    async def submit_background(
+        self, work: Work, client: str, *, is_whole: bool = False
+    ) -> Outcome:
         """Executes work when no query needs the device.
 
         While there are queries, it never takes the last free slot of a device.
@@ -297,6 +329,7 @@ class Scheduler(Generic[P]):
         Args:
             work: What to run.
             client: Whose it is; they take turns.
+            is_whole: Whether it must not be divided where the memory does not suffice.
 
         Returns:
             What came of it, with the seconds it waited.
@@ -304,12 +337,24 @@ class Scheduler(Generic[P]):
         Raises:
             ServiceError: The work can't be compiled or run.
         """
+        try:
+            return await self._submit_background(work, client)
+        except ServiceError as error:
+            if is_whole or not may_be_smaller(work, error):
+                raise
+
+        async def run(part: Work) -> Outcome:
+            return await self._submit_background(part, client)
+
+        return await in_smaller_parts(work, run)
+
+    async def _submit_background(self, work: Work, client: str) -> Outcome:
         start = time.monotonic()
         key = ProgramKey(work.computation, bucket_for(work.batch))
         program = self._executor.ready(key)
         self._count_program(is_ready=program is not None)
         if program is None:
-            program = await self._executor.prepare(key)
+            program = await self._executor.prepare(key, client)
         compile_s = time.monotonic() - start
         waiting = self._enter_queue(program, [work], client, None, self._background)
         [outcome] = await self._answer(waiting)
@@ -328,6 +373,16 @@ class Scheduler(Generic[P]):
         function = work.computation.function
         self.tallies.count_outcome(function, work.batch, outcome, is_job=is_job)
         return outcome
+
+    def _held_bytes(self, program: P, work: Work, rows: int | None) -> int:
+        """Returns the bytes that work takes beside its request, at its worst."""
+        result_bytes = self._executor.result_bytes(program, work)
+        if rows is None or not work.batch:
+            return result_bytes
+        if rows != work.batch:
+            return 2 * result_bytes  # The parts, and what they are joined into.
+        bucket = bucket_for(rows) or 0
+        return result_bytes * bucket // rows  # Padding goes with it to the end.
 
     def _check_size(self, program: P, work: Work, max_result_bytes: int | None) -> None:
         self._executor.check_size(program, work)
@@ -377,11 +432,12 @@ class Scheduler(Generic[P]):
                 break
         return self.gains.record(work.computation, seconds)
 
-    async def sparsity(self, sought: SparsityKey) -> Sparsity:
+    async def sparsity(self, sought: SparsityKey, client: str = "") -> Sparsity:
         """Finds a sparsity pattern, which takes no device.
 
         Args:
             sought: Whose.
+            client: Who asks.
 
         Returns:
             The pattern, and what it costs.
@@ -389,7 +445,7 @@ class Scheduler(Generic[P]):
         Raises:
             ServiceError: It can't be found.
         """
-        return await self._executor.sparsity(sought)
+        return await self._executor.sparsity(sought, client)
 
     async def drain(self) -> None:
         """Refuses new work from now on, and waits until all that runs has finished."""

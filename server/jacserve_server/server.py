@@ -45,6 +45,7 @@ from jacserve_server.registration import build_catalog
 from jacserve_server.registry import Registry, WarmUp
 from jacserve_server.service import JacobianService, add_to_server
 from jacserve_server.signature import FunctionSpec
+from jacserve_server.streams import Streams
 from jacserve_server.telemetry import Telemetry, TracingObserver
 from jacserve_server.tls import Certificates
 from jacserve_server.tokens import TokenFile
@@ -67,6 +68,18 @@ _MESSAGE_BYTES = 4 * 2**20
 # In so many ticks on end no call may arrive before the server closes its connections;
 # and so long it waits for that.
 _TICK_S, _QUIET_TICKS, _MOST_REFUSING_S = 0.01, 3, 1.0
+_METADATA_BYTES = 2**14
+_HANDSHAKE_MS = 10_000
+KEEPALIVE = (
+    # A connection whose other end is gone is noticed so: pinged after the first time
+    # without traffic, and closed where there is no reply for the second.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # And clients may ping so often themselves, with calls or without.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+)
 
 
 class AddressError(Exception):
@@ -124,20 +137,35 @@ class Server:
                 ("grpc.max_concurrent_streams", config.max_streams),
                 # Else calls at that very limit are reset, not held back.
                 ("grpc.http.overload_protection", 0),
+                # One more is closed before anything is read from it.
+                ("grpc.max_allowed_incoming_connections", config.max_connections),
+                ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
+                *KEEPALIVE,
+                # Beyond the first, more headers make a refusal ever more likely.
+                ("grpc.max_metadata_size", _METADATA_BYTES),
+                ("grpc.absolute_max_metadata_size", 2 * _METADATA_BYTES),
             ],
         )
         observer: Observer = CallObserver(self._scheduler.tallies)
         if self._telemetry is not None:
             observer = TracingObserver(observer, self._telemetry)
         boundary = self._boundary = Boundary(gate, observer)
+        streams = Streams(
+            max_per_client=config.max_identity_streams, idle_s=config.stream_idle_s
+        )
         self._service = JacobianService(
             catalog,
             self._scheduler,
             partial(machine.measurements.of, device=machine.device_kind),
             config.max_payload_bytes,
             boundary,
+            streams,
+            max_rank=config.max_rank,
+            session_idle_s=config.session_idle_s,
         )
-        self._jobs = JobService(partial(_open_desk, catalog, machine, config), boundary)
+        self._jobs = JobService(
+            partial(_open_desk, catalog, machine, config), boundary, streams
+        )
         self._overview = Overview(
             machine,
             is_serving=lambda: self._is_serving,

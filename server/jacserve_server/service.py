@@ -43,6 +43,7 @@ from jacserve_server.scheduler import Scheduler, stream_required
 from jacserve_server.sessions import Session
 from jacserve_server.signature import FunctionSpec
 from jacserve_server.statuses import explained, status_of
+from jacserve_server.streams import Streams
 from jacserve_server.work import Outcome
 
 T = TypeVar("T")
@@ -63,6 +64,10 @@ class JacobianService:
         measured: Callable[[str], Sequence[Measurement]],
         max_payload_bytes: int,
         boundary: Boundary,
+        streams: Streams,
+        *,
+        max_rank: int,
+        session_idle_s: float,
     ) -> None:
         """Keeps its collaborators.
 
@@ -73,14 +78,20 @@ class JacobianService:
             max_payload_bytes: The most that the arrays of a query may take, and those
                 of an answer.
             boundary: Lets calls in, and turns failures into their statuses.
+            streams: Counts streams, and ends those that stand still.
+            max_rank: The most axes of an array in a query.
+            session_idle_s: Seconds after which a session is ended that is not used; 0
+                for never.
         """
         self._boundary = boundary
+        self._streams = streams
+        self._session_idle_s = session_idle_s
         self._max_payload_bytes = max_payload_bytes
         self._catalog = catalog
         self._scheduler = scheduler
         self._measured = measured
         self._found = ""
-        self._reader = RequestReader(self._find)
+        self._reader = RequestReader(self._find, max_rank=max_rank)
         self._writer = ReplyWriter()
         self._is_closed = False
         self._sessions: set[Session] = set()
@@ -114,7 +125,7 @@ class JacobianService:
     async def EvaluateStream(  # noqa: N802, D102
         self, requests: AsyncIterator[bytes], context: Any
     ) -> AsyncIterator[bytes]:
-        answering = partial(self._evaluate_stream, requests)
+        answering = self._streams.pacing(partial(self._evaluate_stream, requests))
         parts = self._boundary.stream(context, "EvaluateStream", answering)
         async with aclosing(parts):
             async for part in parts:
@@ -123,7 +134,7 @@ class JacobianService:
     async def Session(  # noqa: N802, D102
         self, requests: AsyncIterator[bytes], context: Any
     ) -> AsyncIterator[bytes]:
-        answering = partial(self._session, requests)
+        answering = self._streams.pacing(partial(self._session, requests))
         answers = self._boundary.stream(context, "Session", answering)
         async with aclosing(answers):
             async for answer in answers:
@@ -132,7 +143,10 @@ class JacobianService:
     async def _session(
         self, requests: AsyncIterator[bytes], call: Call
     ) -> AsyncGenerator[bytes]:
-        session = Session(_Answerer(self, call, self._boundary.observer))
+        session = Session(
+            _Answerer(self, call, self._boundary.observer),
+            idle_s=self._session_idle_s,
+        )
         if self._is_closed:
             raise shutting_down()
         self._sessions.add(session)
@@ -203,7 +217,7 @@ class JacobianService:
             function = self._catalog.find(request.name).spec
             call.function = function.qualified_name
             sought = plan_sparsity(decode_sparsity_query(request), function)
-            found = await self._scheduler.sparsity(sought)
+            found = await self._scheduler.sparsity(sought, call.client)
             self._check_size(function.resource, pattern_bytes(found.pattern, "coo"))
             answer = encode_sparsity(found, sought, function)
             return Frame(answer.message).filled(answer.payloads)
@@ -277,7 +291,7 @@ class JacobianService:
     async def _evaluate_stream(
         self, requests: AsyncIterator[bytes], call: Call
     ) -> AsyncGenerator[bytes]:
-        raws = self._boundary.requests(requests, call)
+        raws = self._streams.arriving(self._boundary.requests(requests, call))
         raw = await anext(raws, None)
         if raw is None:
             raise _broken("it has no head. Send one, then the pieces.")

@@ -7,6 +7,7 @@ else is read, and gRPC holds the client back.
 
 import asyncio
 import struct
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from jacserve.v1 import jacobian_pb2 as pb
 from jacserve_server.admission import shutting_down
 from jacserve_server.callers import Call
 from jacserve_server.errors import ServiceError
+from jacserve_server.streams import idle
 
 _MOST_PENDING = 64
 _MOST_FIELDS = 16  # A request has three, and may get some more.
@@ -136,12 +138,16 @@ def _response(id_: int, field: int, value: bytes) -> bytes:
 class Session:
     """One session."""
 
-    def __init__(self, answerer: Answerer) -> None:
+    def __init__(self, answerer: Answerer, *, idle_s: float = 0.0) -> None:
         """Has nothing to do yet.
 
         Args:
             answerer: Answers its queries.
+            idle_s: Seconds after which it is ended if nothing is pending; 0 for never.
         """
+        self._idle_s = idle_s
+        self._rested_at = 0.0
+        self._alarm: asyncio.TimerHandle | None = None
         self._answerer = answerer
         self._pending: dict[int, asyncio.Task[bytes]] = {}
         self._finished: list[bytes] = []
@@ -149,11 +155,14 @@ class Session:
         self._held: _Request | None = None
         self._stirred = asyncio.Event()
         self._resting: asyncio.Task[Any] | None = None
-        self._is_closing = False
+        self._ending: ServiceError | None = None
 
     def close(self) -> None:
         """Has it end as soon as nothing is pending and all answers are sent."""
-        self._is_closing = True
+        self._end(shutting_down())
+
+    def _end(self, reason: ServiceError) -> None:
+        self._ending = reason
         self._stirred.set()
         if self._resting is not None:
             self._resting.cancel()
@@ -168,8 +177,11 @@ class Session:
             Serialized SessionResponses, as queries are done.
 
         Raises:
-            ServiceError: A message can't be read, an id is in use, or it was closed.
+            ServiceError: A message can't be read, an id is in use, or it was closed
+                or not used for too long.
         """
+        if self._idle_s:
+            self._set_alarm(self._idle_s)
         iterator = aiter(raws)
         reading: asyncio.Task[bytes | None] | None = None
         has_ended = False
@@ -202,22 +214,38 @@ class Session:
                     if response := self._take(request):
                         yield response
         finally:
+            if self._alarm is not None:
+                self._alarm.cancel()
             for task in [*self._pending.values(), *([reading] if reading else [])]:
                 task.cancel()
 
     async def _rest(self, read: Awaitable[bytes | None]) -> bytes | None:
         """Waits for the next message while nothing is pending."""
-        if self._is_closing:
-            raise shutting_down()
+        if self._ending is not None:
+            raise self._ending
         self._resting = asyncio.current_task()
+        self._rested_at = time.monotonic()
         try:
             return await read
         except asyncio.CancelledError:
-            if self._is_closing:
-                raise shutting_down() from None
+            if self._ending is not None:
+                raise self._ending from None
             raise
         finally:
             self._resting = None
+
+    def _set_alarm(self, in_s: float) -> None:
+        self._alarm = asyncio.get_running_loop().call_later(in_s, self._look)
+
+    def _look(self) -> None:
+        """Ends it if it has rested for too long; else looks again later."""
+        now = time.monotonic()
+        since = now if self._resting is None else self._rested_at
+        if (left_s := since + self._idle_s - now) > 0:
+            self._set_alarm(left_s)
+            return
+        remedy = "Open another one when it is needed."
+        self._end(idle("the session has not been used", self._idle_s, remedy))
 
     def _take(self, request: _Request) -> bytes | None:
         """Answers a query, or begins to."""

@@ -1,12 +1,18 @@
-"""How a large batch is divided among devices, and its results put together again."""
+"""How a batch is divided, and its results put together again.
 
+A large one is divided among devices. One that the memory of a device does not suffice
+for is computed in parts, one after the other.
+"""
+
+import asyncio
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from jacserve_server.batches import bucket_for
+from jacserve_server.errors import ServiceError
 from jacserve_server.work import Outcome, Outline, Work
 
 
@@ -32,13 +38,67 @@ def divided(work: Work, rows: int) -> Iterator[Work]:
         rows: How many rows each part has, but for the last.
     """
     batch = work.batch or 0
-    specs = work.computation.arrays
     for start in range(0, batch, rows):
-        arrays = tuple(
-            array[start : start + rows] if spec.is_batched else array
-            for spec, array in zip(specs, work.arrays, strict=True)
-        )
-        yield replace(work, arrays=arrays, batch=min(rows, batch - start))
+        yield _part(work, start, min(start + rows, batch))
+
+
+def _part(work: Work, start: int, stop: int) -> Work:
+    specs = work.computation.arrays
+    arrays = tuple(
+        array[start:stop] if spec.is_batched else array
+        for spec, array in zip(specs, work.arrays, strict=True)
+    )
+    return replace(work, arrays=arrays, batch=stop - start)
+
+
+def may_be_smaller(work: Work, failure: ServiceError) -> bool:
+    """Tells whether what has failed for want of memory can be computed in parts.
+
+    Other programs may round otherwise, so a query that wants to be exact is not.
+    """
+    is_want = failure.reason == "DEVICE_OUT_OF_MEMORY"
+    return is_want and (work.batch or 0) > 1 and not work.is_exact
+
+
+async def in_smaller_parts(
+    work: Work, run: Callable[[Work], Awaitable[Outcome]]
+) -> Outcome:
+    """Computes a batch for which the memory did not suffice.
+
+    Each part has half of the rows of what did not fit, down to one, so that it does not
+    fit at most as often as the batch can be halved.
+
+    Args:
+        work: The batch, of two rows at least.
+        run: Computes a part.
+
+    Returns:
+        All its rows. Its seconds are those of all parts together.
+
+    Raises:
+        ServiceError: A part can't be computed, or not even one row fits.
+    """
+    batch = work.batch or 0
+    rows, start = (bucket_for(batch) or 2) // 2, 0
+    outcomes: list[Outcome] = []
+    while start < batch:
+        stop = min(start + rows, batch)
+        part = _part(work, start, stop)
+        try:
+            outcomes.append(await run(part))
+        except ServiceError as error:
+            if not may_be_smaller(part, error):
+                raise
+            rows = (bucket_for(stop - start) or 2) // 2
+        else:
+            start = stop
+    whole = await asyncio.to_thread(joined, outcomes)
+    return replace(
+        whole,
+        execute_s=sum(outcome.execute_s for outcome in outcomes),
+        queue_s=sum(outcome.queue_s for outcome in outcomes),
+        compile_s=sum(outcome.compile_s for outcome in outcomes),
+    )
 
 
 def joined(outcomes: Sequence[Outcome]) -> Outcome:
@@ -55,8 +115,9 @@ def joined(outcomes: Sequence[Outcome]) -> Outcome:
         array.flags.writeable = False
     outlines = {outcome.outline.device: outcome.outline for outcome in outcomes}
     ordered = tuple(outlines[name] for name in sorted(outlines, key=_natural))
+    rows = sum(outcome.outline.bucket or 0 for outcome in outcomes)
     return Outcome(
-        outline=_joined_outline(ordered, len(outcomes)),
+        outline=_joined_outline(ordered, rows),
         arrays=arrays,
         finite=np.concatenate([outcome.finite for outcome in outcomes]),
         execute_s=max(outcome.execute_s for outcome in outcomes),
@@ -71,10 +132,9 @@ def _natural(device: str) -> tuple[str, int]:
 
 # Memoised, so that batches divided alike have one outline, as those of one program do.
 @functools.lru_cache(maxsize=256)
-def _joined_outline(outlines: tuple[Outline, ...], parts: int) -> Outline:
-    first = outlines[0]
+def _joined_outline(outlines: tuple[Outline, ...], rows: int) -> Outline:
     return replace(
-        first,
-        bucket=(first.bucket or 0) * parts,
+        outlines[0],
+        bucket=rows,
         device=", ".join(outline.device for outline in outlines),
     )

@@ -1,9 +1,9 @@
 """A cache whose entries are made once, however many ask meanwhile."""
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
-from concurrent.futures import Executor as Pool, Future
+from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -13,8 +13,9 @@ V = TypeVar("V")
 class _Entry(Generic[V]):
     """An entry that is made, or being made."""
 
-    def __init__(self, making: "Future[V]") -> None:
+    def __init__(self, making: "Future[V]", owner: str) -> None:
         self.making = making
+        self.owner = owner
         self.made = asyncio.wrap_future(making)
         self.waiters = 0
 
@@ -24,18 +25,28 @@ class SingleFlight(Generic[K, V]):
 
     Used from one event loop. Whoever stops waiting leaves the making to the others
     and to the next who asks; but what nobody waits for any more is not begun. What
-    fails is not kept.
+    fails is not kept. An entry belongs to who has first asked for it, and whoever has
+    the most is the first to lose one: so nobody can drive out all that others have.
     """
 
-    def __init__(self, pool: Pool, *, capacity: int) -> None:
+    def __init__(
+        self,
+        submit: Callable[[str, Callable[[], V]], "Future[V]"],
+        *,
+        capacity: int,
+        share: int | None = None,
+    ) -> None:
         """Starts empty.
 
         Args:
-            pool: Where entries are made.
-            capacity: The most entries kept; the least recently used goes first.
+            submit: Has an entry made for somebody, in another thread.
+            capacity: The most entries kept. One that belongs to nobody, "", goes last;
+                of one owner the least recently used goes first.
+            share: The most that are kept of one owner; None for any.
         """
-        self._pool = pool
+        self._submit = submit
         self._capacity = capacity
+        self._share = share
         self._entries: OrderedDict[K, _Entry[V]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -54,12 +65,13 @@ class SingleFlight(Generic[K, V]):
         self._entries.move_to_end(key)
         return entry.made.result()
 
-    async def get(self, key: K, make: Callable[[], V]) -> V:
+    async def get(self, key: K, make: Callable[[], V], owner: str = "") -> V:
         """Returns an entry, made if need be.
 
         Args:
             key: Which entry.
-            make: Makes it; runs in the pool.
+            make: Makes it; runs in another thread.
+            owner: Who asks; "" for the server itself.
 
         Returns:
             The entry.
@@ -67,7 +79,7 @@ class SingleFlight(Generic[K, V]):
         Raises:
             Exception: Whatever `make` raises, to all who wait for it.
         """
-        entry = self._entries.get(key) or self._begun(key, make)
+        entry = self._entries.get(key) or self._begun(key, make, owner)
         self._entries.move_to_end(key)
         entry.waiters += 1
         try:
@@ -82,22 +94,36 @@ class SingleFlight(Generic[K, V]):
 
         Args:
             key: Which entry; one that is not there.
-            make: Makes it; runs in the pool.
+            make: Makes it; runs in another thread.
             on_made: Called once it is made, in the event loop.
         """
-        self._begun(key, make).made.add_done_callback(lambda _: on_made())
+        self._begun(key, make, "").made.add_done_callback(lambda _: on_made())
 
-    def _begun(self, key: K, make: Callable[[], V]) -> _Entry[V]:
-        entry = self._entries[key] = _Entry(self._pool.submit(make))
+    def _begun(self, key: K, make: Callable[[], V], owner: str) -> _Entry[V]:
+        entry = self._entries[key] = _Entry(self._submit(owner, make), owner)
         entry.made.add_done_callback(lambda _: self._settle(key, entry))
         return entry
 
     def _settle(self, key: K, entry: _Entry[V]) -> None:
         if entry.made.cancelled() or entry.made.exception() is not None:
             self._drop(key, entry)
-        made = [old for old, other in self._entries.items() if other.made.done()]
-        for old in made[: max(0, len(self._entries) - self._capacity)]:
-            del self._entries[old]
+        while (owner := self._greediest()) is not None:
+            del self._entries[self._oldest(owner)]
+
+    def _greediest(self) -> str | None:
+        """Returns who has to lose an entry; None if nobody has."""
+        made = Counter(e.owner for e in self._entries.values() if e.made.done())
+        strangers = [owner for owner in made if owner]
+        most = max(strangers, key=made.__getitem__, default="")
+        if most and self._share is not None and made[most] > self._share:
+            return most
+        if len(self._entries) <= self._capacity or not made:
+            return None
+        return most
+
+    def _oldest(self, owner: str) -> K:
+        entries = self._entries.items()
+        return next(k for k, e in entries if e.owner == owner and e.made.done())
 
     def _drop(self, key: K, entry: _Entry[V]) -> None:
         if self._entries.get(key) is entry:

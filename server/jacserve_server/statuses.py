@@ -30,6 +30,12 @@ def explained(error: BaseException, request_id: str) -> ServiceError:
     """
     if isinstance(error, ServiceError):
         return error
+    if isinstance(error, MemoryError):
+        return ServiceError(
+            "DEVICE_OUT_OF_MEMORY",
+            "the server has no memory left for this call. Send fewer points at once, "
+            "or try again later.",
+        )
     extra = {"request_id": request_id}
     _log.error("request %s failed", request_id, exc_info=error, extra=extra)
     text = f"the server failed on this call. Its log has more under {request_id}."

@@ -5,6 +5,7 @@ more for several at once. In a batch of b points, one without further axes is sh
 [b, ...] has one for each point, and [b, k, ...] several.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -169,7 +170,7 @@ def _tangents(
         label or (names[place] if place < len(names) else str(place))
         for place, (label, _) in enumerate(tangents)
     ]
-    twice = [label for place, label in enumerate(labels) if label in labels[:place]]
+    twice = [label for label, count in Counter(labels).items() if count > 1]
     if twice:
         raise ServiceError(
             "ARGUMENT_MISMATCH",

@@ -49,10 +49,10 @@ class Executor:
     def ready(self, key: ProgramKey) -> Handle:
         return key, 0
 
-    async def prepare(self, key: ProgramKey) -> Handle:
+    async def prepare(self, key: ProgramKey, client: str = "") -> Handle:
         return key, 0
 
-    async def sparsity(self, sought: Any) -> Any:
+    async def sparsity(self, sought: Any, client: str = "") -> Any:
         pytest.fail(f"nobody asks for the sparsity of {sought}")
 
     def on(self, program: Handle, place: int) -> Handle | None:

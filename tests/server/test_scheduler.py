@@ -62,10 +62,10 @@ class FakeExecutor:
         self.diary.append("now")
         return outcome()
 
-    async def sparsity(self, sought: Any) -> Any:
+    async def sparsity(self, sought: Any, client: str = "") -> Any:
         del sought
 
-    async def prepare(self, key: ProgramKey) -> str:
+    async def prepare(self, key: ProgramKey, client: str = "") -> str:
         return key.computation.function
 
     def run(self, program: str, works: Any) -> Any:

@@ -9,7 +9,9 @@ from jacserve_server.single_flight import SingleFlight
 
 def run(scenario, threads: int = 1, capacity: int = 2) -> None:
     async def limited(pool: ThreadPoolExecutor) -> None:
-        cache = SingleFlight[str, str](pool, capacity=capacity)
+        cache = SingleFlight[str, str](
+            lambda _, make: pool.submit(make), capacity=capacity
+        )
         await asyncio.wait_for(scenario(cache), 10)
 
     with ThreadPoolExecutor(threads) as pool:

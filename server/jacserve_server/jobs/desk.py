@@ -13,6 +13,7 @@ from jacserve_server.catalog import Catalog
 from jacserve_server.config import Config
 from jacserve_server.errors import ServiceError
 from jacserve_server.jobs import downloads, storage
+from jacserve_server.jobs.clocks import SteadyClock
 from jacserve_server.jobs.engine import Engine, LocalEngine
 from jacserve_server.jobs.folder import JobFolder
 from jacserve_server.jobs.intake import Intake
@@ -55,10 +56,12 @@ class JobDesk:
         self._config = config
         self._catalog = catalog
         self._folder = JobFolder(config.jobs_dir)
+        self._clock = SteadyClock()
         try:
             self._table = JobTable(
                 config.jobs_database or f"sqlite:///{config.jobs_dir / 'jobs.sqlite'}",
                 self._folder.id,
+                clock=self._clock,
             )
         except BaseException:
             self._folder.close()
@@ -362,6 +365,7 @@ class JobDesk:
             in_thread=self._in_table,
             restore=self._intake.restore,
             on_progress=self._tell,
+            clock=self._clock,
         )
 
     async def _remove_files(self, record: JobRecord) -> None:

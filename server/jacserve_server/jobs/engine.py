@@ -112,7 +112,7 @@ class LocalEngine:
     def __init__(
         self,
         scheduler: Scheduler[Any],
-        fingerprint: Callable[[ProgramKey], Awaitable[str]],
+        fingerprint: Callable[[ProgramKey, str], Awaitable[str]],
         pool: Pool,
         *,
         slots: int,
@@ -122,7 +122,7 @@ class LocalEngine:
 
         Args:
             scheduler: Runs batches in the background.
-            fingerprint: Identifies a program.
+            fingerprint: Identifies a program, for who has made a job.
             pool: Threads that read and write.
             slots: How many batches the devices run at once.
             max_batch: Returns the most rows that a function takes at once, by its
@@ -146,7 +146,9 @@ class LocalEngine:
             async def run(rows: int) -> Outcome:
                 stop = min(rows, task.point_count)
                 arrays = await self._in_thread(self._read, task, 0, stop)
-                return await self._compute(task, arrays, rows)
+                # Else it could not be seen that fewer at once are better.
+                is_whole = not batch_size
+                return await self._compute(task, arrays, rows, is_whole=is_whole)
 
             most = self._max_batch(task.computation.function)
             sizes, sample = await choose_sizes(
@@ -170,7 +172,7 @@ class LocalEngine:
         opened = await self._in_thread(_opened, task)
         self._results[task.job] = opened
         key = ProgramKey(task.computation, bucket_for(sizes.batch_size))
-        return Prepared(sizes, await self._fingerprint(key))
+        return Prepared(sizes, await self._fingerprint(key, task.job))
 
     async def run(self, chunk: Chunk) -> ChunkReport:
         """Computes a chunk, and writes it to the store; see `Engine`."""
@@ -205,7 +207,12 @@ class LocalEngine:
         ]
 
     async def _compute(
-        self, task: Task, arrays: Sequence[Array], batch_size: int
+        self,
+        task: Task,
+        arrays: Sequence[Array],
+        batch_size: int,
+        *,
+        is_whole: bool = False,
     ) -> Outcome:
         """Computes a batch, filled up so that one program serves all of a job."""
         computation = task.computation
@@ -216,7 +223,9 @@ class LocalEngine:
             for spec, array in pairs
         )
         work = Work(computation, whole, batch_size)
-        outcome = await self._scheduler.submit_background(work, task.turn)
+        outcome = await self._scheduler.submit_background(
+            work, task.turn, is_whole=is_whole
+        )
         if rows == batch_size:
             return outcome
         return replace(

@@ -19,7 +19,7 @@ from jacserve_server.jobs import storage
 from jacserve_server.jobs.plans import RowSource, Task
 from jacserve_server.jobs.sources import open_source
 from jacserve_server.jobs.storage import Location, locate
-from jacserve_server.messages import decode_query, placeholder
+from jacserve_server.messages import check_lengths, decode_query, placeholder
 from jacserve_server.planning import Plan, plan
 from jacserve_server.query import Query
 from jacserve_server.signature import FunctionSpec
@@ -125,6 +125,7 @@ def fit(
             batch_size=spec.batch_size,
         )
     _check_ttl(spec.ttl)
+    check_lengths(spec.query)  # Before as many files are opened.
     query_message, places, identities = _with_shapes(spec.query, roots, uploads)
     query = decode_query(query_message, placeholder)
     _check_options(query)

@@ -29,8 +29,15 @@ _SYNC_S = 0.25
 # The rate is that of so many seconds.
 _RATE_S = 10.0
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 2.0, 300.0
-# What passes when somebody mends it. Everything else is the job's own fault.
-_PASSING = {"STORAGE_UNAVAILABLE", "FUNCTION_CHANGED", "SHUTTING_DOWN"}
+# What passes with time, or when somebody mends it. Everything else is the job's own
+# fault.
+_PASSING = {
+    "STORAGE_UNAVAILABLE",
+    "FUNCTION_CHANGED",
+    "SHUTTING_DOWN",
+    "COMPILE_BUDGET_SPENT",
+    "QUEUE_FULL",
+}
 
 
 class _LostJobError(Exception):

@@ -42,6 +42,8 @@ from jacserve_server.jobs.states import FINAL, STATES, JobState, sources_of
 __all__ = ["ChunkRecord", "JobRecord", "JobTable", "NewJob", "TableError"]
 
 _MOST_VALUES = 1000
+# Longer than any job is held up for.
+_LONGEST_WAIT_S = 600.0
 
 
 class JobTable:
@@ -250,7 +252,10 @@ class JobTable:
         waits = jobs.c.state.in_(sources_of("running"))
         is_running = jobs.c.state.in_(sources_of("queued"))
         is_left = self._is_left(server, is_alive, or_(waits, is_running))
-        is_due = or_(jobs.c.retry_at.is_(None), jobs.c.retry_at <= now)
+        # None waits for so long: the clock was ahead when that was written.
+        never = now + _LONGEST_WAIT_S
+        at = jobs.c.retry_at
+        is_due = or_(at.is_(None), at <= now, at > never)
         may_run = and_(
             jobs.c.function.in_(functions),
             is_left,
