@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -60,6 +60,14 @@ def serve(
         typer.Option(help="TCP port; 0 takes a free one.", show_default="50051"),
     ] = None,
     device: DeviceName = None,
+    isolation: Annotated[
+        Literal["none", "process"] | None,
+        typer.Option(
+            help="process runs all functions in a worker process, which is ended when "
+            "one of them does not end; none, those that say so themselves.",
+            show_default="none",
+        ),
+    ] = None,
     config: ConfigFile = None,
 ) -> None:
     """Serve the functions of files and modules, until SIGTERM or Ctrl-C.
@@ -70,7 +78,8 @@ def serve(
     """
     with needing_server():
         from jacserve_server.config import Config
-        from jacserve_server.executor import DeviceError
+        from jacserve_server.executor import DeviceError, stay_on_cpu
+        from jacserve_server.isolation.supervisor import StartError
         from jacserve_server.loading import load_registries
         from jacserve_server.registration import build_catalog
         from jacserve_server.registry import RegistrationError
@@ -80,8 +89,12 @@ def serve(
             run,
             serve_until_signal,
         )
-    settings = _settings(config, host=host, port=port, device=device)
+    settings = _settings(
+        config, host=host, port=port, device=device, isolation=isolation
+    )
     _set_allocator(settings)
+    if settings.isolation == "process":
+        stay_on_cpu()  # The devices are the worker's.
     for name in os.environ:
         setting = name.removeprefix("JACSERVE_").lower()
         if name.startswith("JACSERVE_") and setting not in {
@@ -105,8 +118,10 @@ def serve(
 
     try:
         is_drained = run(serve_until_signal(catalog, settings, announce))
-    except (AddressError, DeviceError, WarmUpError) as error:
+    except (AddressError, DeviceError, StartError, WarmUpError) as error:
         fail(str(error))
+    except RegistrationError as error:
+        fail(*error.problems, "Nothing is served until this is mended.")
     print("Stopped." if is_drained else "Stopped while calls still ran.", flush=True)
     if not is_drained:
         # A running program can't be interrupted, and Python would wait for it.

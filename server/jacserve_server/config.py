@@ -3,7 +3,7 @@
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import platformdirs
 from pydantic import AfterValidator, Field
@@ -54,6 +54,10 @@ class Config(BaseSettings):
         max_coalesced: Waiting points that may be computed together; 1 for none.
         max_payload_bytes: The most that the arrays of one query may take, and those
             of one result.
+        isolation: Where functions run: "process" for all of them in a worker process,
+            "none" for those there that say so themselves.
+        max_execute_s: Seconds that one execution in a worker may take.
+        max_compile_s: Seconds that it may take there to make one program.
         max_program_bytes: Device memory that one program may take, with arguments,
             results and intermediates; None for 3/4 of what there is.
         cache_dir: Folder for what outlives the process: compiled programs, measured
@@ -94,6 +98,9 @@ class Config(BaseSettings):
     max_coalesced: int = Field(default=64, ge=1)
     max_payload_bytes: int = Field(default=2**30, ge=2**10)
     max_program_bytes: int | None = Field(default=None, ge=2**20)
+    isolation: Literal["none", "process"] = "none"
+    max_execute_s: float = Field(default=60.0, gt=0)
+    max_compile_s: float = Field(default=300.0, gt=0)
     cache_dir: Path = Field(
         default_factory=lambda: platformdirs.user_cache_path("jacserve") / "1"
     )

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +19,7 @@ from jacserve_server.batches import finite_points, padded
 from jacserve_server.catalog import RegisteredFunction
 from jacserve_server.coalescing import gathered, separated
 from jacserve_server.device_threads import DeviceThreads
+from jacserve_server.errors import ServiceError
 from jacserve_server.programs import (
     Device,
     Limits,
@@ -49,6 +51,7 @@ from jacserve_server.work import (
 from jacserve_server.xla_threads import LAPACK
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 # What a compiled program depends on: two ways to ask may be decided alike.
 _Decided = tuple[ProgramKey, Strategy]
@@ -56,6 +59,11 @@ _Decided = tuple[ProgramKey, Strategy]
 
 class DeviceError(Exception):
     """The device asked for is not there; the text says which are."""
+
+
+def stay_on_cpu() -> None:
+    """Leaves all other devices to the processes that compute, before JAX is used."""
+    jax.config.update("jax_platforms", "cpu")
 
 
 def find_devices(name: str) -> list[Device]:
@@ -182,8 +190,9 @@ class Executor:
         self._device = device
         self._limits = limits
         self.places = 1 + len(others)
-        self._replicas = Replicas(
-            find, others, max_programs=max_programs, limits=limits
+        self._others = others
+        self._replicas = Replicas[Program](
+            self._replica, len(others), max_programs=max_programs
         )
         # The scheduler sees to it that no device has more than its threads.
         self._device_threads = DeviceThreads(threads * self.places)
@@ -275,6 +284,10 @@ class Executor:
         """
         return program if place == 0 else self._replicas.find(program, place - 1)
 
+    def is_coming(self, program: Program, place: int) -> bool:
+        """Whether a program that `on` has not found is still being compiled there."""
+        return self._replicas.is_coming(program, place - 1)
+
     def when_ready(self, call: Callable[[], None]) -> None:
         """Has a function called whenever a program got ready on another device."""
         self._replicas.when_ready(call)
@@ -328,6 +341,18 @@ class Executor:
         self._replicas.close()
         self._compile_threads.shutdown(wait=False, cancel_futures=True)
         self._device_threads.close()
+
+    def _replica(self, program: Program, place: int) -> Program | None:
+        function = self._find(program.key.computation.function)
+        device = self._others[place]
+        try:
+            return compile_program(
+                function, program.key, program.decision, device, self._limits
+            )
+        except ServiceError as error:
+            name = device_name(device)
+            _log.warning("%s is not used for this: %s", name, error.message)
+            return None
 
     def _decide(
         self, function: RegisteredFunction, key: ProgramKey

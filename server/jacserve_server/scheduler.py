@@ -134,6 +134,7 @@ class Scheduler(Generic[P]):
         max_queries: int,
         max_bytes: int,
         shard_rows: int = 2**62,
+        devices: int | None = None,
     ) -> None:
         """Starts idle.
 
@@ -144,12 +145,15 @@ class Scheduler(Generic[P]):
             max_bytes: The most bytes in flight, of requests and of large results; one
                 query alone always fits.
             shard_rows: Batches of at least so many rows are divided among devices.
+            devices: How many of the executor's places can run one program; None for
+                all.
         """
         self.gains = Gains()
         self._executor = executor
         self._slots = slots
         self._free_slots = [slots] * executor.places
-        self._shard_rows = shard_rows if executor.places > 1 else 2**62
+        self._devices = devices or executor.places
+        self._shard_rows = shard_rows if self._devices > 1 else 2**62
         executor.when_ready(self._give_slots)
         self._admission = Admission(max_queries=max_queries, max_bytes=max_bytes)
         self._queue = FairQueue[_Waiting[P]]()
@@ -220,7 +224,7 @@ class Scheduler(Generic[P]):
         client = ticket.client if ticket is not None else ""
         rows = work.batch
         if rows is not None and rows >= self._shard_rows:
-            rows = part_rows(rows, self._executor.places)
+            rows = part_rows(rows, self._devices)
         key = ProgramKey(work.computation, bucket_for(rows))
         program, compile_s = self._executor.ready(key), 0.0
         if program is None:

@@ -66,18 +66,15 @@ class _Unobserved:
 class Server:
     """Serves a catalog on one port, from one event loop."""
 
-    def __init__(self, catalog: Catalog, config: Config) -> None:
+    def __init__(self, catalog: Catalog, machine: Machine, config: Config) -> None:
         """Puts the parts together; `start` opens the port.
 
         Args:
             catalog: The functions.
+            machine: Runs them; it is the server's from now on.
             config: The settings.
-
-        Raises:
-            DeviceError: The device is not there.
         """
         self._config = config
-        machine = build_machine(catalog, config)
         self._executor, self._scheduler = machine.executor, machine.scheduler
         self._warming: asyncio.Task[None] | None = None
         self._resuming: asyncio.Task[None] | None = None
@@ -104,7 +101,7 @@ class Server:
         self._service = JacobianService(
             catalog,
             self._scheduler,
-            partial(machine.measurements.of, device=machine.device_kind),
+            machine.describe,
             config.max_payload_bytes,
             boundary,
         )
@@ -132,6 +129,7 @@ class Server:
             _try_to_bind(host, port)
             bound = self._server.add_insecure_port(f"{address}:{port}")
         except (OSError, RuntimeError) as error:
+            self._executor.close()
             reason = getattr(error, "strerror", None) or str(error)
             raise AddressError(
                 f"can't listen on {address}:{port}: {reason}. Pass another --port, or "
@@ -266,10 +264,12 @@ async def serve_until_signal(
     Raises:
         AddressError: The address can't be listened on.
         DeviceError: The device is not there.
+        RegistrationError: A worker process does not find the functions.
+        StartError: A worker process can't be started.
         WarmUpError: A function can't be made ready.
     """
     compile_cache.enable(config.cache_dir, config.max_cache_bytes)
-    server = Server(catalog, config)
+    server = Server(catalog, await build_machine(catalog, config), config)
     xla_threads.yield_to_others()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -353,6 +353,7 @@ def serving(*registries: Registry, **settings: Any) -> Generator[RunningServer]:
     Raises:
         RegistrationError: Functions can't be served.
         DeviceError: The device is not there.
+        StartError: A worker process can't be started.
         AddressError: The address can't be listened on.
         WarmUpError: A function can't be made ready.
         pydantic.ValidationError: A setting has no valid value.
@@ -387,7 +388,7 @@ async def _serve_until_told(
     catalog: Catalog, config: Config, started: Future[str], stop: Future[None]
 ) -> None:
     try:
-        server = Server(catalog, config)
+        server = Server(catalog, await build_machine(catalog, config), config)
         target = await server.start()
     except BaseException as error:
         started.set_exception(error)

@@ -6,7 +6,6 @@ from collections.abc import (
     AsyncIterator,
     Callable,
     Mapping,
-    Sequence,
 )
 from contextlib import aclosing
 from functools import partial
@@ -25,10 +24,8 @@ from jacserve_server.callers import Call
 from jacserve_server.calls import Boundary, Handler, add_handlers
 from jacserve_server.catalog import Catalog
 from jacserve_server.errors import ServiceError
-from jacserve_server.measurements import Measurement
 from jacserve_server.messages import (
     decode_sparsity_query,
-    encode_function,
     encode_sparsity,
     pattern_bytes,
     result_bytes,
@@ -56,7 +53,7 @@ class JacobianService:
         self,
         catalog: Catalog,
         scheduler: Scheduler[Any],
-        measured: Callable[[str], Sequence[Measurement]],
+        describe: Callable[[FunctionSpec], pb.Function],
         max_payload_bytes: int,
         boundary: Boundary,
     ) -> None:
@@ -65,7 +62,7 @@ class JacobianService:
         Args:
             catalog: The functions.
             scheduler: Executes queries.
-            measured: Returns what was measured of a function, by its qualified name.
+            describe: Returns what clients are told of a function.
             max_payload_bytes: The most that the arrays of a query may take, and those
                 of an answer.
             boundary: Lets calls in, and turns failures into their statuses.
@@ -74,7 +71,7 @@ class JacobianService:
         self._max_payload_bytes = max_payload_bytes
         self._catalog = catalog
         self._scheduler = scheduler
-        self._measured = measured
+        self._describe = describe
         self._reader = RequestReader(lambda name: catalog.find(name).spec)
         self._writer = ReplyWriter()
         self._sessions: set[Session] = set()
@@ -164,15 +161,12 @@ class JacobianService:
         start = int(token or 0)
         end = start + min(size or _DEFAULT_PAGE, _LARGEST_PAGE)
         return pb.ListFunctionsResponse(
-            functions=list(map(self._encoded, specs[start:end])),
+            functions=list(map(self._describe, specs[start:end])),
             next_page_token=str(end) if end < len(specs) else "",
         )
 
     async def _get(self, request: pb.GetFunctionRequest, call: Call) -> pb.Function:
-        return self._encoded(self._catalog.find(request.name).spec)
-
-    def _encoded(self, spec: FunctionSpec) -> pb.Function:
-        return encode_function(spec, self._measured(spec.qualified_name))
+        return self._describe(self._catalog.find(request.name).spec)
 
     async def _sparsity(self, request: pb.GetSparsityRequest, call: Call) -> bytes:
         with self._scheduler.admitted(request.ByteSize(), call.client):
