@@ -3,8 +3,10 @@
 import ctypes
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -15,6 +17,8 @@ from jaxtyping import Array, Float
 from jacserve_server import Registry, WarmUp
 
 registry = Registry()
+# Without any that is warmed up.
+quiet = Registry()
 ENDLESS = 13  # The size at which tracing never ends.
 
 
@@ -57,6 +61,31 @@ def late(x: Float[Array, "n"]) -> Float[Array, "n"]:
         os.kill(os.getpid(), signal.SIGKILL)
 
     return unless_positive(die)(x)
+
+
+def babble() -> None:
+    """Writes to every socket of the worker, as code may that closes or dups wrongly."""
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{name}").startswith("socket"):
+                os.write(int(name), b"\xff" * 64)
+
+
+@registry.function
+def mad(x: Float[Array, "n"]) -> Float[Array, "n"]:
+    """Speaks in the worker's name, then waits for what comes of it."""
+    return unless_positive(lambda: (babble(), time.sleep(60)))(x)
+
+
+@registry.function
+def spawning(x: Float[Array, "n"]) -> Float[Array, "n"]:
+    """Has a child, and does not end."""
+
+    def spawn() -> None:
+        subprocess.Popen(["sleep", "86400.125"])
+        time.sleep(1000)
+
+    return unless_positive(spawn)(x)
 
 
 @registry.function
@@ -103,6 +132,7 @@ def untraceable(x: Float[Array, "n"]) -> Float[Array, "n"]:
     return jnp.sin(x)
 
 
+@quiet.function
 @registry.function
 def pid(x: Float[Array, ""]) -> Float[Array, ""]:
     """The process that runs it."""
@@ -120,6 +150,7 @@ def gentle(x: Float[Array, "n"]) -> Float[Array, "n"]:
     return jnp.sin(x) * x
 
 
+@quiet.function
 @registry.function
 def large(x: Float[Array, "n"]) -> Float[Array, "n"]:
     return x * 2.0

@@ -179,6 +179,11 @@ def _print_description(function: FunctionInfo, console: Console) -> None:
         console.print(f"  auto means {function.preferred_mode}")
     if function.max_batch:
         console.print(f"\nat most {function.max_batch} points in one call")
+    if function.isolation == "process":
+        console.print("\nruns in a process of its own, which may be ended")
+    if function.quarantine_reason:
+        reason = escape(function.quarantine_reason)
+        console.print(f"\n[red bold]not run any more[/red bold]: {reason}")
     if function.measured_strategies:
         console.print("\n[bold]measured: what auto means[/bold]")
     for each in function.measured_strategies:

@@ -10,9 +10,11 @@ from jacserve.tensors import format_shape
 from jacserve.v1 import jacobian_pb2 as pb
 from jacserve.vocabulary import (
     DTYPES,
+    ISOLATIONS,
     MODE_OPTIONS,
     MODES,
     Direction,
+    Isolation,
     Mode,
     ModeOption,
     word,
@@ -108,6 +110,9 @@ class FunctionInfo:
         measured_strategies: What was measured to be the fastest way to J, and is
             what "auto" stands for at these inputs.
         sizes: Sizes of its symbolic dimensions at which it is known to work.
+        isolation: "process" if it runs in a process of its own, which is ended when
+            it does not end; else "none".
+        quarantine_reason: Why it is not run any more; "" where it is.
     """
 
     name: str
@@ -121,6 +126,8 @@ class FunctionInfo:
     max_batch: int | None
     measured_strategies: tuple[MeasuredStrategy, ...]
     sizes: Mapping[str, int]
+    isolation: Isolation
+    quarantine_reason: str
 
     @property
     def signature(self) -> str:
@@ -178,6 +185,8 @@ def decode_function(message: pb.Function) -> FunctionInfo:
             for measured in message.measured_strategies
         ),
         sizes=dict(message.sizes),
+        isolation=cast("Isolation", word(ISOLATIONS, message.isolation)),
+        quarantine_reason=message.quarantine_reason,
     )
 
 

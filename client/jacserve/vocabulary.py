@@ -35,6 +35,7 @@ Curvature = Literal[
 Mode = Direction | Literal["sparse"] | Curvature
 ModeOption = Literal["auto", "forward", "reverse", "sparse"]
 Layout = Literal["matrix", "blocks", "csr", "coo"]
+Isolation = Literal["none", "process"]
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 
 
@@ -52,11 +53,12 @@ MODE_OPTIONS: Mapping[str, pb.Mode] = MappingProxyType(
 )
 LAYOUTS: Mapping[str, pb.Layout] = _words(pb.Layout, "LAYOUT_")
 DTYPES: Mapping[str, pb.DType] = _words(pb.DType, "DTYPE_")
+ISOLATIONS: Mapping[str, pb.Isolation] = _words(pb.Isolation, "ISOLATION_")
 JOB_STATES: Mapping[str, jobs_pb2.JobState] = _words(jobs_pb2.JobState, "JOB_STATE_")
 
 
 _TABLES: tuple[Mapping[str, int], ...] = (
-    QUANTITIES, MODES, MODE_OPTIONS, LAYOUTS, DTYPES, JOB_STATES
+    QUANTITIES, MODES, MODE_OPTIONS, LAYOUTS, DTYPES, ISOLATIONS, JOB_STATES
 )  # fmt: skip
 _BY_NUMBER: Mapping[int, Mapping[int, str]] = {
     id(table): {number: text for text, number in table.items()} for table in _TABLES

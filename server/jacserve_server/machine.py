@@ -110,6 +110,7 @@ async def build_machine(catalog: Catalog, config: Config) -> Machine:
         max_bytes=config.max_queued_bytes,
         shard_rows=config.shard_rows,
         devices=count,
+        lane=lambda program: program.lane,
     )
     return Machine(
         executor,

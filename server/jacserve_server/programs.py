@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -77,6 +77,7 @@ class Program:
         is_lone: Whether it must not run beside its like.
         is_brief: Whether it was measured to take less time than handing it to a
             thread, and takes the same whatever its inputs are.
+        lane: Names the places that can run it.
     """
 
     key: ProgramKey
@@ -87,6 +88,7 @@ class Program:
     has_x64: bool
     is_lone: bool
     is_brief: bool
+    lane: ClassVar[str] = ""
     _is_remote: bool
     _executable: Any
 

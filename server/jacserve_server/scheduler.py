@@ -135,6 +135,7 @@ class Scheduler(Generic[P]):
         max_bytes: int,
         shard_rows: int = 2**62,
         devices: int | None = None,
+        lane: Callable[[P], str] = lambda _: "",
     ) -> None:
         """Starts idle.
 
@@ -147,7 +148,10 @@ class Scheduler(Generic[P]):
             shard_rows: Batches of at least so many rows are divided among devices.
             devices: How many of the executor's places can run one program; None for
                 all.
+            lane: Returns the name of the places that can run a program. What waits
+                for some never holds up what waits for others.
         """
+        self._lane = lane
         self.gains = Gains()
         self._executor = executor
         self._slots = slots
@@ -376,6 +380,8 @@ class Scheduler(Generic[P]):
     ) -> _Waiting[P]:
         if kind is not None and not self.gains.wins(kind):
             kind = None
+        # Each client has a queue for each, so that only their order in it counts.
+        client = self._lane(program) + client
         answer = asyncio.get_running_loop().create_future()
         queue = self._queue if queue is None else queue
         since = time.monotonic()

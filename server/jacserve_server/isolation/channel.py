@@ -23,7 +23,12 @@ class ChannelError(Exception):
 
 
 class Channel:
-    """One end of a socket pair. Used from one event loop."""
+    """One end of a socket pair. Used from one event loop.
+
+    Attributes:
+        descriptors: Those received, the first first.
+        lost_last: Whether the other end was closed before it had read the last message.
+    """
 
     def __init__(
         self,
@@ -46,6 +51,7 @@ class Channel:
             takes_descriptors: Whether descriptors are received, into `descriptors`.
         """
         self.descriptors: deque[int] = deque()
+        self.lost_last = False
         self._end = end
         self._on_message = on_message
         self._on_closed = on_closed
@@ -90,7 +96,8 @@ class Channel:
         except (BlockingIOError, InterruptedError):
             return False
         except OSError:
-            data = b""
+            # It closed before it had read everything.
+            self.lost_last, data = True, b""
         if not data:
             self._fail(None)
             return False
@@ -164,6 +171,7 @@ class Channel:
                 return
             except OSError:
                 # The other end is closed: `receive` will find out.
+                self.lost_last = True
                 self._unsent.clear()
                 return
             self._unsent.popleft()

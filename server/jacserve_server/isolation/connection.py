@@ -234,6 +234,8 @@ class Connection:
     def close(self) -> None:
         """Ends it; what it still does is lost."""
         self._on_death = lambda *_: None
+        if not self._greeting.done():
+            self._process.kill()  # It would not listen yet.
         self._channel.close()
         self._process.close()
         self._settle("was ended")
@@ -289,10 +291,12 @@ class Connection:
         now = time.monotonic()
         questions = list(self._questions.values())
         self._questions.clear()
-        for question in questions:
+        # What it has not read it can't have died of.
+        read = questions[:-1] if self._channel.lost_last else questions
+        for question in read:
             question.undertaking.deaths += 1
             question.undertaking.held_s = now - question.since
-        in_hand = [question.undertaking for question in reversed(questions)]
+        in_hand = [question.undertaking for question in reversed(read)]
         self._on_death(self, Death(cause, in_hand, self._overdue))
         for question in questions:
             question.timer.cancel()

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -75,6 +75,7 @@ class IsolatedProgram:
         results: Shape and dtype of each.
         row_bytes: Bytes of one point's results.
         is_lone: Whether it must not run beside its like.
+        lane: Names the places that can run it.
     """
 
     key: ProgramKey
@@ -83,6 +84,7 @@ class IsolatedProgram:
     results: tuple[InputSpec, ...]
     row_bytes: int
     is_lone: bool
+    lane: ClassVar[str] = "isolated "
 
     def slots(self, batch: int | None) -> Slots:
         """Returns where its arguments, its results and their flags are."""
