@@ -356,13 +356,13 @@ class IsolatedExecutor:
         """Runs a program; returns None where the worker does not have it."""
         places = program.slots(work.batch)
         region, is_new = connection.pool.take(places.size_bytes)
+        views: list[Array] = []
         try:
-            views = places.views(region.memory)
-            arguments, results = views[: len(work.arrays)], views[len(work.arrays) :]
-            await _off_loop(_copy, arguments, work.arrays)
-            question = _question(connection, name, work, region, is_new=is_new)
+            views += places.views(region.memory)
+            count = len(work.arrays)
+            await _off_loop(_copy, views[:count], work.arrays)
             reply, _ = await connection.ask(
-                question,
+                _question(connection, name, work, region, is_new=is_new),
                 undertaking,
                 self._executing(undertaking.function),
                 (region.descriptor,) if is_new else (),
@@ -371,9 +371,11 @@ class IsolatedExecutor:
                 return None
             if not isinstance(reply, Ran):
                 raise _unasked(reply)
-            *arrays, finite = await _off_loop(_copied, results, results)
+            *arrays, finite = await _off_loop(_copied, views[count:], ())
             return Outcome(program.outline, tuple(arrays), finite, reply.execute_s)
         finally:
+            # Whoever is told of a failure must not keep the memory.
+            views.clear()
             connection.pool.give(region)
 
     def _executing(self, function: str) -> Budget:

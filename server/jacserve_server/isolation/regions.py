@@ -10,6 +10,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 
@@ -33,6 +34,15 @@ class Region:
     size_bytes: int
     descriptor: int
     memory: memoryview
+
+    def close(self) -> None:
+        """Lets go of it; of its memory when the last array in it has gone."""
+        os.close(self.descriptor)
+        file = self.memory.obj
+        with suppress(BufferError):
+            self.memory.release()
+            if isinstance(file, mmap.mmap):
+                file.close()
 
 
 class RegionPool:
@@ -76,14 +86,13 @@ class RegionPool:
     def give(self, region: Region) -> None:
         """Takes a region back that nobody uses any more."""
         if region.id not in self._all:
-            os.close(region.descriptor)
+            region.close()
             return
         self._idle.append(region)
         while sum(each.size_bytes for each in self._idle) > self._max_idle_bytes:
             oldest = self._idle.pop(0)
             self._dropped.append(oldest.id)
-            # Its memory goes with the last array that is in it.
-            os.close(self._all.pop(oldest.id).descriptor)
+            self._all.pop(oldest.id).close()
 
     def dropped(self) -> tuple[int, ...]:
         """Returns the regions that the worker may forget, each once."""
@@ -94,7 +103,7 @@ class RegionPool:
     def close(self) -> None:
         """Lets go of all regions; those in use when they are given back."""
         for region in self._idle:
-            os.close(region.descriptor)
+            region.close()
         self._idle.clear()
         self._all.clear()
 
