@@ -132,7 +132,7 @@ def untraceable(x: Float[Array, "n"]) -> Float[Array, "n"]:
     return jnp.sin(x)
 
 
-@quiet.function
+@quiet.function(name="quiet_pid")
 @registry.function
 def pid(x: Float[Array, ""]) -> Float[Array, ""]:
     """The process that runs it."""
@@ -150,7 +150,7 @@ def gentle(x: Float[Array, "n"]) -> Float[Array, "n"]:
     return jnp.sin(x) * x
 
 
-@quiet.function
+@quiet.function(name="quiet_large")
 @registry.function
 def large(x: Float[Array, "n"]) -> Float[Array, "n"]:
     return x * 2.0

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from jacserve.errors import JacobianError
 from jacserve.vocabulary import Quantity
 from jacserve_server import Registry, RunningServer, serving
 from jacserve_server.registry import RegistrationError
+from job_calls import FAILED, JobCalls, points, reason_of
+from job_servers import JobHome
 from server_process import server_process
 
 FUNCTIONS = Path(nasty_functions.__file__)
@@ -72,8 +75,8 @@ def failure(call: Callable[[], object]) -> JacobianError:
     return caught.value
 
 
-def worker_of(client: jacserve.Client) -> int:
-    return int(client.value("pid", 1.0))
+def worker_of(client: jacserve.Client, name: str = "pid") -> int:
+    return int(client.value(name, 1.0))
 
 
 def test_what_ends_its_process_fails_alone_and_is_quarantined_at_the_second_time(
@@ -409,6 +412,45 @@ def test_what_a_function_has_started_ends_with_it(client: jacserve.Client) -> No
     until(lambda: not sleepers(), 10)
 
 
+@pytest.mark.slow
+def test_jobs_go_on_in_the_worker_of_the_next_server(tmp_path: Path) -> None:
+    environment = {"JACSERVE_ISOLATION": "process", "JOB_TEST_PACE_S": "0.02"}
+    arrays = points(400, 3)
+    with closing(JobHome(tmp_path, **environment)) as home:
+        server = home.start()
+        server.calls.create("night", "dense", arrays, "jacobian", batch_size=10)
+        until(lambda: len(list(home.computed())) > 8)
+        server.kill()
+        server = home.start()
+        job = server.calls.wait("night")
+        assert job.progress.done_count == 400
+        found = server.calls.read("night").jacobian
+        pids = {pid for pid, _ in home.computed()}
+        with jacserve.Client(server.target) as client:
+            expected = client.jacobian("dense", arrays)
+            assert client.describe("dense").isolation == "process"
+    np.testing.assert_allclose(found, expected, rtol=1e-13, atol=1e-15)
+    assert len(pids) >= 2
+    assert server.process.pid not in pids
+    assert set(home.times_computed()) == set(range(400))
+
+
+@pytest.mark.slow
+def test_a_job_that_does_not_end_fails_and_counts(tmp_path: Path) -> None:
+    environment = {"JACSERVE_MAX_EXECUTE_S": "2", "JACSERVE_JOBS_DIR": str(tmp_path)}
+    with server_process(FUNCTIONS, "--isolation", "process", **environment) as server:
+        with JobCalls(server.target) as calls, jacserve.Client(server.target) as client:
+            x = np.full((20, 3), np.nan)
+            reasons: list[str] = []
+            for name in ("one", "two", "three"):
+                calls.create(name, "endless", (x,), "value", batch_size=10)
+                reasons.append(reason_of(calls.wait(name, FAILED)))
+            assert reasons[0] == "TIME_BUDGET_SPENT"
+            assert reasons[2] == "FUNCTION_QUARANTINED"
+            assert "more than 2 s" in client.describe("endless").quarantine_reason
+            assert client.value("gentle", GOOD).shape == (3,)
+
+
 def test_functions_that_are_in_no_file_are_refused_in_words() -> None:
     registry = Registry()
     registry.function(nasty_functions.gentle)
@@ -430,15 +472,15 @@ def test_nothing_leaks_with_fifty_workers() -> None:
     with isolated(nasty_functions.quiet) as server:
         with jacserve.Client(server.target) as client:
             large = np.ones(200_000)
-            client.value("large", large)
+            client.value("quiet_large", large)
             before = descriptors(), regions(), threading.active_count()
             for _ in range(50):
-                worker = worker_of(client)
-                client.value("large", large)
+                worker = worker_of(client, "quiet_pid")
+                client.value("quiet_large", large)
                 os.kill(worker, signal.SIGKILL)
                 until(lambda worker=worker: not is_running(worker))
-                assert worker_of(client) != worker
-            client.value("large", large)
+                assert worker_of(client, "quiet_pid") != worker
+            client.value("quiet_large", large)
             after = descriptors(), regions(), threading.active_count()
     assert all(x <= y + 3 for x, y in zip(after, before, strict=True)), (before, after)
     assert regions() == 0

@@ -54,12 +54,12 @@ class Config(BaseSettings):
         max_coalesced: Waiting points that may be computed together; 1 for none.
         max_payload_bytes: The most that the arrays of one query may take, and those
             of one result.
+        max_program_bytes: Device memory that one program may take, with arguments,
+            results and intermediates; None for 3/4 of what there is.
         isolation: Where functions run: "process" for all of them in a worker process,
             "none" for those there that say so themselves.
         max_execute_s: Seconds that one execution in a worker may take.
         max_compile_s: Seconds that it may take there to make one program.
-        max_program_bytes: Device memory that one program may take, with arguments,
-            results and intermediates; None for 3/4 of what there is.
         cache_dir: Folder for what outlives the process: compiled programs, measured
             strategies.
         max_cache_bytes: Compiled programs kept in it; 0 keeps none.
