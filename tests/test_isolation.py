@@ -1,7 +1,10 @@
 """Functions that end what runs them, over the wire, in worker processes."""
 
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -457,6 +460,50 @@ def test_functions_that_are_in_no_file_are_refused_in_words() -> None:
     with pytest.raises(RegistrationError, match=r"in no module.*keep their registry"):
         with isolated(registry):
             pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        # A worker would start a server, whose worker would start one ...
+        ("with serving(registry): pass", r"Start it under if __name__"),
+        ("if WORKER: registry = None", r"it registers no functions"),
+        ("if WORKER: f.__doc__, x = '', 1 / 0", r"ZeroDivisionError"),
+        ("if WORKER: os._exit(7)", r"ended with status 7"),
+    ],
+)
+@pytest.mark.slow
+def test_a_worker_that_can_not_start_stops_the_server(
+    tmp_path: Path, changes: str, words: str
+) -> None:
+    path = tmp_path / "unfit.py"
+    path.write_text(UNFIT + changes)
+    if "serving" in changes:
+        done = subprocess.run(
+            [sys.executable, path], capture_output=True, text=True, check=False
+        )
+        found = done.stderr
+    else:
+        with pytest.raises(AssertionError) as caught:
+            with server_process(path, "--isolation", "process"):
+                pass
+        found = str(caught.value)
+    assert re.search(words, found), found
+
+
+UNFIT = """
+import os, sys
+from jaxtyping import Array, Float
+from jacserve_server import Registry, serving
+
+registry = Registry()
+WORKER = "isolation.worker" in " ".join(sys.orig_argv)
+
+@registry.function(isolation="process")
+def f(x: Float[Array, ""]) -> Float[Array, ""]:
+    return x
+
+"""
 
 
 @pytest.mark.slow

@@ -234,8 +234,8 @@ class Connection:
     def close(self) -> None:
         """Ends it; what it still does is lost."""
         self._on_death = lambda *_: None
-        if not self._greeting.done():
-            self._process.kill()  # It would not listen yet.
+        if self._questions or not self._greeting.done():
+            self._process.kill()  # It would not listen.
         self._channel.close()
         self._process.close()
         self._settle("was ended")

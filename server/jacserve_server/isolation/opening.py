@@ -8,6 +8,7 @@ from jacserve_server.config import Config
 from jacserve_server.executor import DeviceError
 from jacserve_server.isolation import origins
 from jacserve_server.isolation.executor import IsolatedExecutor
+from jacserve_server.isolation.process import is_worker
 from jacserve_server.isolation.protocol import Ready, Start
 from jacserve_server.isolation.quarantine import Quarantine
 from jacserve_server.isolation.supervisor import StartError, Supervisor
@@ -47,6 +48,11 @@ async def open_worker(
         RegistrationError: A worker process does not find the functions.
         StartError: It can't be started.
     """
+    if is_worker():
+        raise RegistrationError(
+            "a file of functions starts a server when it is imported, which a worker "
+            'process does, too. Start it under if __name__ == "__main__".'
+        )
     ours = origins.digests(catalog)
     supervisor = Supervisor(
         _start(catalog, config),

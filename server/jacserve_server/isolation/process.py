@@ -18,6 +18,18 @@ _LINE_BYTES = 4096
 _MOST_READS = 256
 _PATIENCE_S = 2.0
 _PROGRAM = "jacserve_server.isolation.worker"
+_is_worker = False
+
+
+def become_worker() -> None:
+    """Says that this process is a worker, which starts no other."""
+    global _is_worker
+    _is_worker = True
+
+
+def is_worker() -> bool:
+    """Whether this process is a worker."""
+    return _is_worker
 
 
 class WorkerProcess:

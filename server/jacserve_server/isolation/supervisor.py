@@ -95,7 +95,7 @@ class Supervisor:
         self._connection: Connection | None = None
         self._is_ready = False
         self._is_closed = False
-        self._problem: ServiceError | None = None
+        self._refusal: Callable[[], ServiceError] | None = None
         self._starting: asyncio.Task[None] | None = None
         self._changed: set[asyncio.Future[None]] = set()
         self._suspects: list[Undertaking] = []
@@ -164,9 +164,7 @@ class Supervisor:
     def close(self) -> None:
         """Ends the worker; what it still does is lost."""
         self._is_closed = True
-        self._problem = ServiceError(
-            "SHUTTING_DOWN", "the server is shutting down. Try another one."
-        )
+        self._refusal = _shutting_down
         if self._starting is not None:
             self._starting.cancel()
         connection, self._connection = self._connection, None
@@ -178,8 +176,8 @@ class Supervisor:
     async def _turn(self, undertaking: Undertaking) -> Connection:
         """Waits for a worker, and for suspects that are tried alone."""
         while True:
-            if self._problem is not None:
-                raise self._problem
+            if self._refusal is not None:
+                raise self._refusal()
             self._quarantine.check(undertaking.function)
             connection = self._connection
             if connection is not None and self._is_ready and connection.is_alive:
@@ -237,7 +235,7 @@ class Supervisor:
             raise
         self._device = ", ".join(greeting.devices)
         self._is_ready = True
-        self._problem = None
+        self._refusal = None
         self._tell()
         return greeting
 
@@ -282,12 +280,7 @@ class Supervisor:
             except Exception as error:
                 _log.error("the worker process can't be started: %s", error)
                 self._last_failure = f"it can't be started: {error}"
-                self._problem = ServiceError(
-                    "WORKER_DIED",
-                    "the process that runs this function can't be started. Look into "
-                    "the server's log, or try again later.",
-                    retry_after_s=_LONGEST_DELAY_S,
-                )
+                self._refusal = _no_worker
                 self._suspects = []
                 self._tell()
                 delay_s = min(max(2 * delay_s, _FIRST_DELAY_S), _LONGEST_DELAY_S)
@@ -295,6 +288,21 @@ class Supervisor:
                 seconds = time.monotonic() - start
                 _log.info("a new worker process is ready after %.1f s", seconds)
                 return
+
+
+def _shutting_down() -> ServiceError:
+    return ServiceError(
+        "SHUTTING_DOWN", "the server is shutting down. Try another one."
+    )
+
+
+def _no_worker() -> ServiceError:
+    return ServiceError(
+        "WORKER_DIED",
+        "the process that runs this function can't be started. Look into the server's "
+        "log, or try again later.",
+        retry_after_s=_LONGEST_DELAY_S,
+    )
 
 
 def _kind(death: Death) -> str:

@@ -31,6 +31,7 @@ from jacserve_server.executor import (
 )
 from jacserve_server.isolation import origins
 from jacserve_server.isolation.channel import Channel
+from jacserve_server.isolation.process import become_worker
 from jacserve_server.isolation.protocol import (
     FLAG,
     NEWS,
@@ -307,6 +308,7 @@ async def _work_until_left(end: socket.socket) -> None:
 def main() -> None:
     """Works for the server that has started this process."""
     parent, descriptor = map(int, sys.argv[1:])
+    become_worker()
     _end_with(parent)
     _go_first()
     xla_threads.spare()
