@@ -186,7 +186,7 @@ def test_the_guilty_is_found_among_several(client: jacserve.Client, name: str) -
         assert other.result().reason == "TIME_BUDGET_SPENT"
 
 
-AGREEING = ("robot_arm",)
+AGREEING = ("spherical",)
 FEW: tuple[tuple[Quantity, ...], ...] = (("value", "jacobian"),)
 QUANTITIES: tuple[tuple[Quantity, ...], ...] = (
     ("value", "jacobian"),
