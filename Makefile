@@ -96,6 +96,10 @@ bench-fusion: $(VENV)/.dev ## Times several quantities at once beside each alone
 bench-chunks: $(VENV)/.dev ## Times Jacobians all at once and in chunks
 	@$(BIN)/python benchmarks/chunks.py
 
+.PHONY: bench-isolation
+bench-isolation: $(VENV)/.dev ## Times functions in a worker process beside others
+	@$(BIN)/python benchmarks/isolation.py
+
 .PHONY: check
 check: format-check lint types layers proto-check test ## Runs everything that CI runs
 

@@ -199,7 +199,7 @@ def _print_description(function: FunctionInfo, console: Console) -> None:
     if function.max_batch:
         console.print(f"\nat most {function.max_batch} points in one call")
     if function.isolation == "process":
-        console.print("\nruns in a process of its own")
+        console.print("\nruns in a process of its own, which may be ended")
     if function.measured_strategies:
         console.print("\n[bold]measured: what auto means[/bold]")
     for each in function.measured_strategies:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jacserve_server.errors import ServiceError
-from jacserve_server.registry import WarmUp
+from jacserve_server.registry import Registry, WarmUp
 from jacserve_server.signature import FunctionSpec
 
 
@@ -19,19 +19,33 @@ class RegisteredFunction:
         call: The function, taking all arguments by position.
         batchable: Whether a batch may be vmapped.
         warm_up: What to compile before a server is ready.
+        is_isolated: Whether it is to run in a worker process, wherever others do.
+        max_execute_s: Seconds that one execution may take there; None for the
+            server's.
     """
 
     spec: FunctionSpec
     call: Callable[..., Any]
     batchable: bool
     warm_up: tuple[WarmUp, ...] = ()
+    is_isolated: bool = False
+    max_execute_s: float | None = None
 
 
 class Catalog:
-    """Registered functions by name and version."""
+    """Registered functions by name and version.
 
-    def __init__(self, functions: Iterable[RegisteredFunction]) -> None:
+    Attributes:
+        registries: Where they were declared.
+    """
+
+    def __init__(
+        self,
+        functions: Iterable[RegisteredFunction],
+        registries: Iterable[Registry] = (),
+    ) -> None:
         """Indexes the functions; a bare name stands for the newest version."""
+        self.registries = tuple(registries)
         self._functions: dict[str, RegisteredFunction] = {}
         ordered = sorted(functions, key=lambda f: (f.spec.name, f.spec.version))
         for function in ordered:

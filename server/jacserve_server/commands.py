@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -102,6 +102,14 @@ def serve(
             show_default="no",
         ),
     ] = None,
+    isolation: Annotated[
+        Literal["none", "process"] | None,
+        typer.Option(
+            help="process runs all functions in a worker process, which is ended when "
+            "one of them does not end; none, those that say so themselves.",
+            show_default="none",
+        ),
+    ] = None,
     config: ConfigFile = None,
 ) -> None:
     """Serve the functions of files and modules, until SIGTERM or Ctrl-C.
@@ -113,8 +121,9 @@ def serve(
     with needing_server():
         from jacserve_server import logs
         from jacserve_server.config import Config
-        from jacserve_server.executor import DeviceError
+        from jacserve_server.executor import DeviceError, stay_on_cpu
         from jacserve_server.exposure import ExposureError
+        from jacserve_server.isolation.supervisor import StartError
         from jacserve_server.loading import load_registries
         from jacserve_server.registration import build_catalog
         from jacserve_server.registry import RegistrationError
@@ -132,6 +141,7 @@ def serve(
         host=host,
         port=port,
         device=device,
+        isolation=isolation,
         tokens_file=tokens,
         tls_certificate=tls_certificate,
         tls_key=tls_key,
@@ -141,6 +151,8 @@ def serve(
         open_telemetry=open_telemetry,
     )
     _set_allocator(settings)
+    if settings.isolation == "process":
+        stay_on_cpu()  # The devices are the worker's.
     for name in os.environ:
         setting = name.removeprefix("JACSERVE_").lower()
         if name.startswith("JACSERVE_") and setting not in {
@@ -164,11 +176,14 @@ def serve(
     try:
         is_drained = run(serve_until_signal(catalog, settings, announce))
     except (
-        *(AddressError, CertificateError, DeviceError, TelemetryError, WarmUpError),
+        *(AddressError, CertificateError, DeviceError, StartError),
+        *(TelemetryError, WarmUpError),
     ) as error:
         fail(str(error))
     except (ExposureError, TokenFileError) as error:
         fail(str(error), "Nothing is served until this is mended.")
+    except RegistrationError as error:
+        fail(*error.problems, "Nothing is served until this is mended.")
     print("Stopped." if is_drained else "Stopped while calls still ran.", flush=True)
     if not is_drained:
         # A running program can't be interrupted, and Python would wait for it.

@@ -84,6 +84,10 @@ class Config(BaseSettings):
             of one result.
         max_program_bytes: Device memory that one program may take, with arguments,
             results and intermediates; None for 3/4 of what there is.
+        isolation: Where functions run: "process" for all of them in a worker process,
+            "none" for those there that say so themselves.
+        max_execute_s: Seconds that one execution in a worker may take.
+        max_compile_s: Seconds that it may take there to make one program.
         cache_dir: Folder for what outlives the process: compiled programs, measured
             strategies.
         max_cache_bytes: Compiled programs kept in it; 0 keeps none.
@@ -152,6 +156,9 @@ class Config(BaseSettings):
     max_coalesced: int = Field(default=64, ge=1)
     max_payload_bytes: int = Field(default=2**30, ge=2**10)
     max_program_bytes: int | None = Field(default=None, ge=2**20)
+    isolation: Literal["none", "process"] = "none"
+    max_execute_s: float = Field(default=60.0, gt=0)
+    max_compile_s: float = Field(default=300.0, gt=0)
     cache_dir: Path = Field(
         default_factory=lambda: platformdirs.user_cache_path("jacserve") / "1"
     )

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import logging
 import os
 import threading
 import time
@@ -55,6 +56,7 @@ from jacserve_server.work import (
 from jacserve_server.xla_threads import LAPACK
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 # What a compiled program depends on: two ways to ask may be decided alike.
 _Decided = tuple[ProgramKey, Strategy]
@@ -94,6 +96,11 @@ class ProgramsState:
 
 class DeviceError(Exception):
     """The device asked for is not there; the text says which are."""
+
+
+def stay_on_cpu() -> None:
+    """Leaves all other devices to the processes that compute, before JAX is used."""
+    jax.config.update("jax_platforms", "cpu")
 
 
 def find_devices(name: str) -> list[Device]:
@@ -241,8 +248,9 @@ class Executor:
         self._making = threading.Lock()
         self._compile_s = 0.0
         self.places = 1 + len(others)
-        self._replicas = Replicas(
-            find, others, max_programs=max_programs, limits=limits
+        self._others = others
+        self._replicas = Replicas[Program](
+            self._replica, len(others), max_programs=max_programs
         )
         # The scheduler sees to it that no device has more than its threads.
         self._device_threads = DeviceThreads(threads * self.places)
@@ -349,6 +357,10 @@ class Executor:
         """
         return program if place == 0 else self._replicas.find(program, place - 1)
 
+    def is_coming(self, program: Program, place: int) -> bool:
+        """Whether a program that `on` has not found is still being compiled there."""
+        return self._replicas.is_coming(program, place - 1)
+
     def when_ready(self, call: Callable[[], None]) -> None:
         """Has a function called whenever a program got ready on another device."""
         self._replicas.when_ready(call)
@@ -411,6 +423,18 @@ class Executor:
         finally:
             with self._making:
                 self._compile_s += time.monotonic() - start
+
+    def _replica(self, program: Program, place: int) -> Program | None:
+        function = self._find(program.key.computation.function)
+        device = self._others[place]
+        try:
+            return compile_program(
+                function, program.key, program.decision, device, self._limits
+            )
+        except ServiceError as error:
+            name = device_name(device)
+            _log.warning("%s is not used for this: %s", name, error.message)
+            return None
 
     def _decide(
         self, function: RegisteredFunction, key: ProgramKey

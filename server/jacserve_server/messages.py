@@ -378,13 +378,19 @@ def _duration(field: int, duration_s: float) -> bytes:
 
 
 def encode_function(
-    spec: FunctionSpec, measurements: Iterable[Measurement]
+    spec: FunctionSpec,
+    measurements: Iterable[Measurement],
+    *,
+    is_isolated: bool = False,
+    quarantine_reason: str = "",
 ) -> pb.Function:
     """Encodes a function's description.
 
     Args:
         spec: All that is known of it.
         measurements: What was measured of it.
+        is_isolated: Whether it runs in a worker process.
+        quarantine_reason: Why it is not run any more; empty where it is.
 
     Returns:
         The message.
@@ -414,6 +420,8 @@ def encode_function(
         max_batch=spec.max_batch or 0,
         measured_strategies=[_encode_measurement(each, spec) for each in measurements],
         sizes=spec.sizes,
+        quarantine_reason=quarantine_reason,
+        isolation=pb.ISOLATION_PROCESS if is_isolated else pb.ISOLATION_NONE,
     )
 
 

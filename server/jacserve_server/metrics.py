@@ -24,7 +24,8 @@ from prometheus_client.exposition import MetricsHandler
 from prometheus_client.registry import Collector
 
 from jacserve.v1 import admin_pb2 as pb
-from jacserve_server.overview import Overview, Worker
+from jacserve_server.isolation.supervisor import WorkerState
+from jacserve_server.overview import Overview
 from jacserve_server.tallies import Histogram, Tallies
 
 # Scrapes at once; whoever holds so many connections open keeps others out, not us busy.
@@ -33,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 def families(
-    status: pb.ServerStatus, tallies: Tallies, workers: Iterable[Worker]
+    status: pb.ServerStatus, tallies: Tallies, workers: Iterable[WorkerState]
 ) -> Iterator[Metric]:
     """Yields a server's metrics.
 
@@ -146,7 +147,7 @@ def _machine_families(status: pb.ServerStatus) -> Iterator[Metric]:
 
 
 def _isolation_families(
-    status: pb.ServerStatus, workers: Iterable[Worker]
+    status: pb.ServerStatus, workers: Iterable[WorkerState]
 ) -> Iterator[Metric]:
     restarts = CounterMetricFamily(
         "jacserve_worker_restarts",
@@ -208,7 +209,7 @@ class _ServerCollector(Collector):
             looking.cancel()
             raise _NoAnswerError from error
 
-    async def _look(self) -> tuple[pb.ServerStatus, Tallies, Sequence[Worker]]:
+    async def _look(self) -> tuple[pb.ServerStatus, Tallies, Sequence[WorkerState]]:
         overview = self._overview
         return await overview.status(), overview.tallies.copy(), overview.workers()
 

@@ -5,15 +5,15 @@ import logging
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from jacserve.v1 import admin_pb2 as pb
 from jacserve_server.errors import ServiceError
+from jacserve_server.isolation.supervisor import WorkerState
 from jacserve_server.machine import Machine
 from jacserve_server.tallies import Histogram, Tallies, quantile
 
@@ -25,46 +25,8 @@ _PATIENCE_S = 1.0
 _log = logging.getLogger(__name__)
 
 
-class Worker(Protocol):
-    """How a process is that isolated functions run in."""
-
-    @property
-    def device(self) -> str:
-        """The device that it computes on."""
-        ...
-
-    @property
-    def process_id(self) -> int:
-        """Its process; 0 while it is started anew."""
-        ...
-
-    @property
-    def start_count(self) -> int:
-        """How often it was started."""
-        ...
-
-    @property
-    def last_failure(self) -> str:
-        """Why it last ended; "" if it never did."""
-        ...
-
-    @property
-    def resident_bytes(self) -> int:
-        """Its memory; 0 where that can't be told."""
-        ...
-
-    @property
-    def restarts(self) -> Mapping[str, int]:
-        """How often it was started anew, by cause."""
-        ...
-
-
 class Overview:
-    """Tells how a server is. Used from its event loop.
-
-    Attributes:
-        workers: Tells how the processes are that isolated functions run in.
-    """
+    """Tells how a server is. Used from its event loop."""
 
     def __init__(
         self,
@@ -73,8 +35,6 @@ class Overview:
         is_serving: Callable[[], bool],
         streams: Callable[[], int],
         jobs: Callable[[], Awaitable[Mapping[str, int]]],
-        workers: Callable[[], Sequence[Worker]] = tuple,
-        quarantined: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
         """Keeps where to look.
 
@@ -83,16 +43,11 @@ class Overview:
             is_serving: Tells whether health says SERVING.
             streams: Tells how many streams are open.
             jobs: Counts jobs by state; may raise ServiceError.
-            workers: Tells how the processes are that isolated functions run in.
-            quarantined: Tells why functions are not run any more, by name and
-                version.
         """
-        self.workers = workers
         self._machine = machine
         self._is_serving = is_serving
         self._streams = streams
         self._jobs = jobs
-        self._quarantined = quarantined
         self._start_ns = time.time_ns()
         self._version = version("jacserve")
 
@@ -100,6 +55,10 @@ class Overview:
     def tallies(self) -> Tallies:
         """The counts since the start."""
         return self._machine.scheduler.tallies
+
+    def workers(self) -> list[WorkerState]:
+        """Returns how the processes are that isolated functions run in."""
+        return self._machine.workers()
 
     async def status(self) -> pb.ServerStatus:
         """Returns how the server is now."""
@@ -142,7 +101,7 @@ class Overview:
                 compile_seconds=programs.compile_s,
             ),
             jobs=jobs,
-            functions=_functions(self.tallies, self._quarantined()),
+            functions=_functions(self.tallies, self._machine.quarantine.reasons),
             identities=[
                 pb.IdentityStatus(
                     identity=client,

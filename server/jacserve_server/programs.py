@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -25,7 +25,13 @@ from jacserve_server.strategies import Decision, wrt_of
 from jacserve_server.tracing import has_linear_algebra, has_steady_cost, has_x64, x64
 from jacserve_server.transforms import COMPUTE
 from jacserve_server.transforms.point import Compressed, Point
-from jacserve_server.work import Computation, Outline, ProgramKey, Strategy
+from jacserve_server.work import (
+    Computation,
+    InputSpec,
+    Outline,
+    ProgramKey,
+    Strategy,
+)
 
 # Type checkers see a variable in what is a class.
 Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]
@@ -69,10 +75,12 @@ class Program:
         decision: How it was made, so that it can be made for another device.
         device: Where it runs.
         row_bytes: Bytes of one point's result.
+        results: Shape and dtype of each array of the outline.
         has_x64: Whether it was traced with 64-bit types.
         is_lone: Whether it must not run beside its like.
         is_brief: Whether it was measured to take less time than handing it to a
             thread, and takes the same whatever its inputs are.
+        lane: Names the places that can run it.
     """
 
     key: ProgramKey
@@ -80,9 +88,11 @@ class Program:
     decision: Decision
     device: Device
     row_bytes: int
+    results: tuple[InputSpec, ...]
     has_x64: bool
     is_lone: bool
     is_brief: bool
+    lane: ClassVar[str] = ""
     _is_remote: bool
     _executable: Any
 
@@ -234,6 +244,7 @@ def _compiled(
         decision=decision,
         device=device,
         row_bytes=row_bytes,
+        results=tuple(_result(array, key) for array in lowered.out_info),
         has_x64=has_x64(computation.inputs),
         is_lone=device.platform == "cpu" and has_linear_algebra(traced.jaxpr),
         is_brief=False,
@@ -347,6 +358,11 @@ def _modes(computation: Computation, strategy: Strategy) -> dict[Quantity, Mode]
         if need := QUANTITIES[quantity].needs:
             found[quantity] = getattr(strategy, need)
     return found
+
+
+def _result(array: Any, key: ProgramKey) -> InputSpec:
+    is_batched = key.bucket is not None
+    return InputSpec(tuple(array.shape[is_batched:]), array.dtype.name, is_batched)
 
 
 def _row_bytes(arrays: Sequence[Any], key: ProgramKey) -> int:

@@ -58,6 +58,7 @@ def build_catalog(registries: Iterable[Registry]) -> Catalog:
                 f"{setting} is on, with which no program can be served. Leave it out "
                 "of the files that register functions, and out of the environment."
             )
+    registries = tuple(registries)
     functions: list[RegisteredFunction] = []
     problems: list[str] = []
     seen: dict[str, Declaration] = {}
@@ -72,7 +73,7 @@ def build_catalog(registries: Iterable[Registry]) -> Catalog:
             problems.append(describe_problem(declaration, str(error)))
     if problems:
         raise RegistrationError(*problems)
-    return Catalog(functions)
+    return Catalog(functions, registries)
 
 
 class _UnfitError(Exception):
@@ -108,7 +109,12 @@ def _register(declaration: Declaration) -> RegisteredFunction:
         except (ServiceError, DimensionError) as error:
             raise _UnfitError(f"{warm_up} does not fit it: {error}") from error
     return RegisteredFunction(
-        spec, call, declaration.batchable, tuple(declaration.warm_up)
+        spec,
+        call,
+        declaration.batchable,
+        tuple(declaration.warm_up),
+        declaration.isolation == "process",
+        declaration.max_execute_s,
     )
 
 

@@ -10,7 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 from jacserve.vocabulary import MODE_OPTIONS, QUANTITIES, ModeOption, Quantity
 
@@ -74,6 +74,10 @@ class Declaration:
             another, each at its own cost.
         sizes: Sizes to trace its symbolic dimensions at, at registration.
         warm_up: What to compile before a server is ready.
+        isolation: "process" to run it in a worker process; None for where the server
+            has functions run.
+        max_execute_s: Seconds that one execution may take there; None for the
+            server's.
     """
 
     function: Callable[..., Any]
@@ -84,6 +88,8 @@ class Declaration:
     batchable: bool = True
     sizes: Mapping[str, int] = field(default_factory=dict[str, int])
     warm_up: Sequence[WarmUp] = ()
+    isolation: Literal["process"] | None = None
+    max_execute_s: float | None = None
 
     @property
     def qualified_name(self) -> str:
@@ -142,6 +148,8 @@ class Registry:
         batchable: bool = True,
         sizes: Mapping[str, int] | None = None,
         warm_up: Sequence[WarmUp] = (),
+        isolation: Literal["process"] | None = None,
+        max_execute_s: float | None = None,
     ) -> Callable[[F], F]: ...
 
     def function(
@@ -156,6 +164,8 @@ class Registry:
         batchable: bool = True,
         sizes: Mapping[str, int] | None = None,
         warm_up: Sequence[WarmUp] = (),
+        isolation: Literal["process"] | None = None,
+        max_execute_s: float | None = None,
     ) -> F | Callable[[F], F]:
         """Registers a function; use it as a decorator, bare or with options.
 
@@ -174,6 +184,10 @@ class Registry:
             sizes: Sizes of the symbolic dimensions for the trace at registration,
                 such as `{"n": 784}`, where small ones would not do.
             warm_up: Calls to compile for before a server says that it is ready.
+            isolation: "process" runs it in a worker process, which is killed when it
+                does not end.
+            max_execute_s: Seconds that one execution may take there; the server's
+                by default.
 
         Returns:
             The function itself, unchanged.
@@ -194,6 +208,8 @@ class Registry:
                     batchable=batchable,
                     sizes={} if sizes is None else sizes,
                     warm_up=tuple(warm_up),
+                    isolation=isolation,
+                    max_execute_s=max_execute_s,
                 )
             )
             return function
@@ -250,6 +266,11 @@ def _find_problem(declaration: Declaration) -> str | None:
         for symbol, size in sizes.items()
     ):
         return f'sizes is {sizes!r}. Pass whole numbers by name, such as {{"n": 784}}.'
+    if declaration.isolation not in (None, "process"):
+        return f"isolation is {declaration.isolation!r}. Pass process, or None."
+    budget_s = declaration.max_execute_s
+    if budget_s is not None and not (type(budget_s) in (int, float) and budget_s > 0):
+        return f"max_execute_s is {budget_s!r}. Pass a number of seconds, or None."
     if not all(isinstance(each, WarmUp) for each in declaration.warm_up):
         return f"warm_up is {declaration.warm_up!r}. Pass a list of WarmUp(...)."
     for each in declaration.warm_up:

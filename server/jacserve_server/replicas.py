@@ -1,25 +1,16 @@
-"""The programs of the first device on further ones, compiled in the background."""
+"""The programs of the first device on further ones, made in the background."""
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Generic, TypeVar
 
-from jacserve_server.catalog import RegisteredFunction
-from jacserve_server.errors import ServiceError
-from jacserve_server.programs import (
-    Device,
-    Limits,
-    Program,
-    compile_program,
-    device_name,
-)
 from jacserve_server.single_flight import SingleFlight
 
-_log = logging.getLogger(__name__)
+P = TypeVar("P")
 
 
-class Replicas:
+class Replicas(Generic[P]):
     """Has each program on further devices as soon as they could use it.
 
     Used from one event loop.
@@ -27,31 +18,28 @@ class Replicas:
 
     def __init__(
         self,
-        find: Callable[[str], RegisteredFunction],
-        devices: Sequence[Device],
+        make: Callable[[P, int], P | None],
+        places: int,
         *,
         max_programs: int,
-        limits: Limits,
     ) -> None:
         """Starts empty.
 
         Args:
-            find: Finds a function by its qualified name.
-            devices: The further devices.
-            max_programs: How many compiled programs are kept for each.
-            limits: What one program may take.
+            make: Makes a program of the first device for a further one, given by its
+                place among these; returns None for one that can't be made, which is
+                not tried again.
+            places: How many further devices there are.
+            max_programs: How many programs are kept for each.
         """
-        self._find = find
-        self._devices = devices
-        self._limits = limits
+        self._make = make
         # A thread of its own: who waits for a first program goes before.
         self._thread = ThreadPoolExecutor(1, "compile-replicas")
         self._programs = [
-            # None stands for one that could not be made, and is not tried again.
-            SingleFlight[Program, Program | None](
+            SingleFlight[P, P | None](
                 lambda _, make: self._thread.submit(make), capacity=max_programs
             )
-            for _ in devices
+            for _ in range(places)
         ]
         self._on_ready: Callable[[], None] = lambda: None
 
@@ -63,7 +51,7 @@ class Replicas:
         """Has a function called whenever a program got ready on another device."""
         self._on_ready = call
 
-    def find(self, program: Program, place: int) -> Program | None:
+    def find(self, program: P, place: int) -> P | None:
         """Returns a program on a further device; has it made where it is not there.
 
         Args:
@@ -75,21 +63,19 @@ class Replicas:
         """
         programs = self._programs[place]
         if not programs.has(program):
-            make = partial(self._make, program, self._devices[place])
+            make = partial(self._make, program, place)
             programs.begin(program, make, self._on_ready)
         return programs.ready(program)
+
+    def is_coming(self, program: P, place: int) -> bool:
+        """Whether a program that was looked for there is still being made.
+
+        Args:
+            program: The one on the first device.
+            place: Which of the further devices.
+        """
+        return not self._programs[place].is_made(program)
 
     def close(self) -> None:
         """Makes no more."""
         self._thread.shutdown(wait=False, cancel_futures=True)
-
-    def _make(self, program: Program, device: Device) -> Program | None:
-        function = self._find(program.key.computation.function)
-        try:
-            return compile_program(
-                function, program.key, program.decision, device, self._limits
-            )
-        except ServiceError as error:
-            name = device_name(device)
-            _log.warning("%s is not used for this: %s", name, error.message)
-            return None

@@ -167,6 +167,8 @@ class Scheduler(Generic[P]):
         shard_rows: int = 2**62,
         max_client_queries: int | None = None,
         max_client_bytes: int | None = None,
+        devices: int | None = None,
+        lane: Callable[[P], str] = lambda _: "",
     ) -> None:
         """Starts idle.
 
@@ -180,13 +182,19 @@ class Scheduler(Generic[P]):
             max_client_queries: The most queries in flight of one client; None for its
                 part of them alone.
             max_client_bytes: The most bytes in flight of one client, likewise.
+            devices: How many of the executor's places can run one program; None for
+                all.
+            lane: Returns the name of the places that can run a program. What waits
+                for some never holds up what waits for others.
         """
+        self._lane = lane
         self.gains = Gains()
         self.tallies = Tallies()
         self._executor = executor
         self._slots = slots
         self._free_slots = [slots] * executor.places
-        self._shard_rows = shard_rows if executor.places > 1 else 2**62
+        self._devices = devices or executor.places
+        self._shard_rows = shard_rows if self._devices > 1 else 2**62
         executor.when_ready(self._give_slots)
         self._admission = Admission(
             max_queries=max_queries,
@@ -291,7 +299,7 @@ class Scheduler(Generic[P]):
         client = ticket.client if ticket is not None else ""
         rows = work.batch
         if rows is not None and rows >= self._shard_rows:
-            rows = part_rows(rows, self._executor.places)
+            rows = part_rows(rows, self._devices)
         key = ProgramKey(work.computation, bucket_for(rows))
         program, compile_s = self._executor.ready(key), 0.0
         if ticket is not None:
@@ -492,6 +500,8 @@ class Scheduler(Generic[P]):
     ) -> _Waiting[P]:
         if kind is not None and not self.gains.wins(kind):
             kind = None
+        # Each client has a queue for each, so that only their order in it counts.
+        client = self._lane(program) + client
         answer = asyncio.get_running_loop().create_future()
         queue = self._queue if queue is None else queue
         since = time.monotonic()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2
@@ -90,30 +90,59 @@ class WarmUpError(Exception):
     """A function can't be made ready; the text says why."""
 
 
+class _Entrance(NamedTuple):
+    """Who may come in, and how.
+
+    Attributes:
+        gate: Lets calls in.
+        credentials: Those of TLS; None for none.
+        telemetry: Sends spans of calls; None for none.
+    """
+
+    gate: Gate
+    credentials: grpc.ServerCredentials | None
+    telemetry: Telemetry | None
+
+
+def _open_entrance(config: Config) -> _Entrance:
+    try:
+        for warning in exposure.warnings_of(config):
+            _log.warning("%s", warning)
+    except OSError:
+        pass  # It can't be listened on, either, which `start` says.
+    credentials = None
+    if config.tls_certificate is not None and config.tls_key is not None:
+        credentials = Certificates(
+            config.tls_certificate, config.tls_key, config.tls_client_ca
+        ).credentials()
+    gate: Gate = OpenGate()
+    if config.tokens_file is not None or config.tls_client_ca is not None:
+        gate = GuardedGate(
+            TokenFile(config.tokens_file) if config.tokens_file is not None else None,
+            has_certificates=config.tls_client_ca is not None,
+            scopes=config.tls_client_scopes,
+        )
+    return _Entrance(gate, credentials, Telemetry() if config.open_telemetry else None)
+
+
 class Server:
     """Serves a catalog on one port, from one event loop."""
 
-    def __init__(self, catalog: Catalog, config: Config) -> None:
+    def __init__(
+        self, catalog: Catalog, machine: Machine, entrance: _Entrance, config: Config
+    ) -> None:
         """Puts the parts together; `start` opens the port.
 
         Args:
             catalog: The functions.
+            machine: Runs them; it is the server's from now on.
+            entrance: Who may come in, and how.
             config: The settings.
-
-        Raises:
-            ExposureError: Strangers may reach it, and it would let them in.
-            CertificateError: There are no certificates to serve TLS with.
-            TokenFileError: The file of tokens is of no use.
-            DeviceError: The device is not there.
-            TelemetryError: Spans can't be sent.
         """
         self._config = config
-        # Nothing is compiled, nor imported for it, before this is settled.
-        self._warn_of_strangers()
-        self._credentials = _credentials(config)
-        gate = _gate(config)
-        machine = build_machine(catalog, config)
+        self._credentials = entrance.credentials
         self._executor, self._scheduler = machine.executor, machine.scheduler
+        self._quarantine = machine.quarantine
         self._is_serving = False
         self._metrics: MetricsPort | None = None
         self._warming: asyncio.Task[None] | None = None
@@ -124,7 +153,7 @@ class Server:
             for warm_up in function.warm_up
         ]
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
-        self._telemetry = Telemetry() if config.open_telemetry else None
+        self._telemetry = entrance.telemetry
         self._server = grpc.aio.server(
             interceptors=[self._telemetry.interceptor] if self._telemetry else None,
             options=[
@@ -149,14 +178,14 @@ class Server:
         observer: Observer = CallObserver(self._scheduler.tallies)
         if self._telemetry is not None:
             observer = TracingObserver(observer, self._telemetry)
-        boundary = self._boundary = Boundary(gate, observer)
+        boundary = self._boundary = Boundary(entrance.gate, observer)
         streams = Streams(
             max_per_client=config.max_identity_streams, idle_s=config.stream_idle_s
         )
         self._service = JacobianService(
             catalog,
             self._scheduler,
-            partial(machine.measurements.of, device=machine.device_kind),
+            machine.describe,
             config.max_payload_bytes,
             boundary,
             streams,
@@ -172,7 +201,7 @@ class Server:
             streams=lambda: boundary.streams,
             jobs=self._jobs.counts,
         )
-        admin = AdminService(self._overview, self._service.describe, boundary)
+        admin = AdminService(self._overview, self._release, boundary)
         add_to_server(self._service, self._server, boundary)
         admin_service.add_to_server(admin, self._server, boundary)
         job_service.add_to_server(self._jobs, self._server, boundary)
@@ -201,6 +230,7 @@ class Server:
             _try_to_bind(host, port)
             bound = self._add_port(f"{address}:{port}")
         except (OSError, RuntimeError) as error:
+            self._executor.close()
             reason = getattr(error, "strerror", None) or str(error)
             raise AddressError(
                 f"can't listen on {address}:{port}: {reason}. Pass another --port, or "
@@ -224,12 +254,10 @@ class Server:
         self._resuming = asyncio.create_task(self._resume_jobs())
         return f"{address}:{bound}"
 
-    def _warn_of_strangers(self) -> None:
-        try:
-            for warning in exposure.warnings_of(self._config):
-                _log.warning("%s", warning)
-        except OSError:
-            pass  # It can't be listened on, either, which `start` says.
+    def _release(self, name: str) -> pb.Function:
+        found = self._service.describe(name)
+        self._quarantine.release(found.name.removeprefix("functions/"))
+        return self._service.describe(name)
 
     def _add_port(self, address: str) -> int:
         if self._credentials is None:
@@ -362,23 +390,6 @@ class Server:
             quiet = quiet + 1 if is_quiet else 0
 
 
-def _gate(config: Config) -> Gate:
-    if config.tokens_file is None and config.tls_client_ca is None:
-        return OpenGate()
-    return GuardedGate(
-        TokenFile(config.tokens_file) if config.tokens_file is not None else None,
-        has_certificates=config.tls_client_ca is not None,
-        scopes=config.tls_client_scopes,
-    )
-
-
-def _credentials(config: Config) -> grpc.ServerCredentials | None:
-    if config.tls_certificate is None or config.tls_key is None:
-        return None
-    found = Certificates(config.tls_certificate, config.tls_key, config.tls_client_ca)
-    return found.credentials()
-
-
 def _open_desk(catalog: Catalog, machine: Machine, config: Config) -> Any:
     """Opens the desk of jobs; what it needs is imported when it is needed."""
     try:
@@ -402,6 +413,13 @@ def _open_desk(catalog: Catalog, machine: Machine, config: Config) -> Any:
         ) from error
 
 
+async def _build_server(catalog: Catalog, config: Config) -> Server:
+    # Nothing is compiled, and no process started, before this is settled.
+    entrance = _open_entrance(config)
+    machine = await build_machine(catalog, config)
+    return Server(catalog, machine, entrance, config)
+
+
 async def serve_until_signal(
     catalog: Catalog, config: Config, on_start: Callable[[str], None]
 ) -> bool:
@@ -418,10 +436,12 @@ async def serve_until_signal(
     Raises:
         AddressError: The address can't be listened on.
         DeviceError: The device is not there.
+        RegistrationError: A worker process does not find the functions.
+        StartError: A worker process can't be started.
         WarmUpError: A function can't be made ready.
     """
     compile_cache.enable(config.cache_dir, config.max_cache_bytes)
-    server = Server(catalog, config)
+    server = await _build_server(catalog, config)
     xla_threads.yield_to_others()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -507,6 +527,7 @@ def serving(*registries: Registry, **settings: Any) -> Generator[RunningServer]:
     Raises:
         RegistrationError: Functions can't be served.
         DeviceError: The device is not there.
+        StartError: A worker process can't be started.
         AddressError: The address can't be listened on.
         WarmUpError: A function can't be made ready.
         pydantic.ValidationError: A setting has no valid value.
@@ -544,7 +565,7 @@ async def _serve_until_told(
     stop: Future[None],
 ) -> None:
     try:
-        server = Server(catalog, config)
+        server = await _build_server(catalog, config)
         target = await server.start()
     except BaseException as error:
         started.set_exception(error)

@@ -7,7 +7,6 @@ from collections.abc import (
     AsyncIterator,
     Callable,
     Mapping,
-    Sequence,
 )
 from contextlib import aclosing
 from functools import partial
@@ -27,10 +26,8 @@ from jacserve_server.callers import Call
 from jacserve_server.calls import Boundary, Handler, Observer, add_handlers
 from jacserve_server.catalog import Catalog
 from jacserve_server.errors import ServiceError
-from jacserve_server.measurements import Measurement
 from jacserve_server.messages import (
     decode_sparsity_query,
-    encode_function,
     encode_sparsity,
     pattern_bytes,
     result_bytes,
@@ -61,7 +58,7 @@ class JacobianService:
         self,
         catalog: Catalog,
         scheduler: Scheduler[Any],
-        measured: Callable[[str], Sequence[Measurement]],
+        describe: Callable[[FunctionSpec], pb.Function],
         max_payload_bytes: int,
         boundary: Boundary,
         streams: Streams,
@@ -74,7 +71,7 @@ class JacobianService:
         Args:
             catalog: The functions.
             scheduler: Executes queries.
-            measured: Returns what was measured of a function, by its qualified name.
+            describe: Returns what clients are told of a function.
             max_payload_bytes: The most that the arrays of a query may take, and those
                 of an answer.
             boundary: Lets calls in, and turns failures into their statuses.
@@ -89,7 +86,7 @@ class JacobianService:
         self._max_payload_bytes = max_payload_bytes
         self._catalog = catalog
         self._scheduler = scheduler
-        self._measured = measured
+        self._describe = describe
         self._found = ""
         self._reader = RequestReader(self._find, max_rank=max_rank)
         self._writer = ReplyWriter()
@@ -188,7 +185,7 @@ class JacobianService:
         start = int(token or 0)
         end = start + min(size or _DEFAULT_PAGE, _LARGEST_PAGE)
         return pb.ListFunctionsResponse(
-            functions=list(map(self._encoded, specs[start:end])),
+            functions=list(map(self._describe, specs[start:end])),
             next_page_token=str(end) if end < len(specs) else "",
         )
 
@@ -207,10 +204,7 @@ class JacobianService:
         Raises:
             ServiceError: There is none.
         """
-        return self._encoded(self._catalog.find(name).spec)
-
-    def _encoded(self, spec: FunctionSpec) -> pb.Function:
-        return encode_function(spec, self._measured(spec.qualified_name))
+        return self._describe(self._catalog.find(name).spec)
 
     async def _sparsity(self, request: pb.GetSparsityRequest, call: Call) -> bytes:
         with self._scheduler.admitted(request.ByteSize(), call.client):

@@ -57,6 +57,11 @@ class SingleFlight(Generic[K, V]):
         """Tells whether an entry is made, or being made."""
         return key in self._entries
 
+    def is_made(self, key: K) -> bool:
+        """Tells whether an entry is made."""
+        entry = self._entries.get(key)
+        return entry is not None and entry.made.done()
+
     def ready(self, key: K) -> V | None:
         """Returns an entry that is made already, else None."""
         entry = self._entries.get(key)

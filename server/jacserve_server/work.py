@@ -25,7 +25,7 @@ from jacserve.vocabulary import (
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
-    """One array as a program takes it: an argument, a tangent or a cotangent.
+    """One array as a program takes or makes it, such as an argument or a result.
 
     Attributes:
         shape: Its shape at one point.

@@ -81,8 +81,14 @@ class FakeExecutor:
 
 def make(slots: int = 1, max_queries: int = 3, max_bytes: int = 100, places: int = 1):
     executor = FakeExecutor(places)
-    limits = {"slots": slots, "max_queries": max_queries, "max_bytes": max_bytes}
-    return Scheduler(executor, shard_rows=100, **limits), executor
+    scheduler = Scheduler(
+        executor,
+        slots=slots,
+        max_queries=max_queries,
+        max_bytes=max_bytes,
+        shard_rows=100,
+    )
+    return scheduler, executor
 
 
 async def call(
