@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, cast
@@ -113,6 +114,8 @@ def bench(
     taking turns with as many callers of an empty call. Ctrl-C ends it with what was
     measured. Example: jacserve bench spherical --batch 64 --concurrency 1,8,64
     """
+    # What the server refuses is a figure, too.
+    server = replace(server, options={**server.options, "retries": 0})
     with connected(server) as client, ExitStack() as stack:
         at = server.connection()
         counts = _parse_concurrency(concurrency)

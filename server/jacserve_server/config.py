@@ -71,7 +71,8 @@ class Config(BaseSettings):
         max_identity_streams: The most streams that one client may have open: sessions,
             uploads, watched jobs and results of jobs.
         max_identity_programs: The most compiled programs kept of those that one client
-            was the first to ask for; None for half of max_programs.
+            was the first to ask for; None for any, though whoever has the most is the
+            first to lose one.
         compile_budget_s: Seconds of compiling that one client may have in an hour, and
             at once; 0 for any.
         stream_idle_s: Seconds after which a stream is ended whose client neither sends

@@ -234,11 +234,10 @@ class Executor:
             limits: What one program may take.
             measured: Finds the strategies that were measured, the fastest first.
             max_owned_programs: How many are kept that one client has first asked for;
-                None for half of all.
+                None for any, though whoever has the most is the first to lose one.
             compile_budget_s: The seconds of compiling that one client may have in an
                 hour; 0 for any.
         """
-        share = max_owned_programs or max(1, max_programs // 2)
         self._measured = measured
         self._find = find
         self._devices = (device, *others)
@@ -256,10 +255,10 @@ class Executor:
         self._device_threads = DeviceThreads(threads * self.places)
         self._turns = CompileTurns(compile_threads, budget_s=compile_budget_s)
         self._programs = SingleFlight[_Decided, Program](
-            self._turns.submit, capacity=max_programs, share=share
+            self._turns.submit, capacity=max_programs, share=max_owned_programs
         )
         self._decisions = SingleFlight[ProgramKey, tuple[_Decided, Decision]](
-            self._turns.submit, capacity=max_programs, share=share
+            self._turns.submit, capacity=max_programs, share=max_owned_programs
         )
         # Those that stand in for programs which the memory did not suffice for.
         self._frugal: WeakKeyDictionary[Program, Program] = WeakKeyDictionary()

@@ -68,7 +68,7 @@ _MESSAGE_BYTES = 4 * 2**20
 # In so many ticks on end no call may arrive before the server closes its connections;
 # and so long it waits for that.
 _TICK_S, _QUIET_TICKS, _MOST_REFUSING_S = 0.01, 3, 1.0
-_METADATA_BYTES = 2**14
+_METADATA_BYTES = 2**13
 _HANDSHAKE_MS = 10_000
 KEEPALIVE = (
     # A connection whose other end is gone is noticed so: pinged after the first time

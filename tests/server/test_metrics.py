@@ -63,8 +63,9 @@ def registry_of_two() -> Registry:
 
 
 @pytest.fixture
-def server() -> Iterator[RunningServer]:
-    with serving(registry_of_two(), metrics_port=0) as running:
+def server(tmp_path: Path) -> Iterator[RunningServer]:
+    jobs_dir = tmp_path / "jobs"  # Where there has never been a job.
+    with serving(registry_of_two(), metrics_port=0, jobs_dir=jobs_dir) as running:
         yield running
 
 

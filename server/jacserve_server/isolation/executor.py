@@ -128,7 +128,7 @@ class IsolatedExecutor:
             max_execute_s: Returns the seconds that an execution of a function may
                 take, by its qualified name.
             max_owned_programs: How many are known that one client has first asked
-                for; None for half of all.
+                for; None for any.
             compile_budget_s: The seconds of compiling that one client may have in an
                 hour; 0 for any.
         """
@@ -148,7 +148,7 @@ class IsolatedExecutor:
         self._programs = SingleFlight[ProgramKey, IsolatedProgram](
             self._turns.submit,
             capacity=max_programs,
-            share=max_owned_programs or max(1, max_programs // 2),
+            share=max_owned_programs,
         )
         self._replicas = Replicas[IsolatedProgram](
             self._replica, self.places - 1, max_programs=max_programs
