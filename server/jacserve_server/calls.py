@@ -60,7 +60,6 @@ class Boundary:
     Attributes:
         observer: Hears of what became of each call.
         arrivals: How many calls have come.
-        streams: How many calls are open that have any number of answers.
     """
 
     def __init__(self, gate: Gate, observer: Observer) -> None:
@@ -72,7 +71,6 @@ class Boundary:
         """
         self.observer = observer
         self.arrivals = 0
-        self.streams = 0
         self._gate = gate
 
     async def answer(
@@ -126,7 +124,6 @@ class Boundary:
         """
         call: Call | None = None
         self.arrivals += 1
-        self.streams += 1
         try:
             call = self._gate.admit(method, context)
             async with aclosing(answering(call)) as answers:
@@ -140,8 +137,6 @@ class Boundary:
             await _refuse(context, self._fail(context, call, method, error))
         else:
             self.observer.ended(call, method, None)
-        finally:
-            self.streams -= 1
 
     def admits(self, context: Any, method: str) -> bool:
         """Lets a call in that others answer, or fails it.

@@ -198,7 +198,7 @@ class Server:
         self._overview = Overview(
             machine,
             is_serving=lambda: self._is_serving,
-            streams=lambda: boundary.streams,
+            streams=lambda: streams.count,
             jobs=self._jobs.counts,
         )
         admin = AdminService(self._overview, self._release, boundary)
