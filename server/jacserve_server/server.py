@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2
@@ -25,17 +25,16 @@ from jacserve.v1 import admin_pb2, jacobian_pb2 as pb, jobs_pb2
 from jacserve_server import (
     admin_service,
     compile_cache,
-    exposure,
     job_service,
     probes,
     xla_threads,
 )
-from jacserve_server.access import Gate, GuardedGate, OpenGate
 from jacserve_server.admin_service import AdminService
 from jacserve_server.batches import bucket_for
 from jacserve_server.calls import Boundary, Observer
 from jacserve_server.catalog import Catalog, RegisteredFunction
 from jacserve_server.config import Config
+from jacserve_server.entrance import Entrance, open_entrance
 from jacserve_server.errors import ServiceError
 from jacserve_server.job_service import JobService
 from jacserve_server.machine import Machine, build_machine
@@ -46,9 +45,7 @@ from jacserve_server.registry import Registry, WarmUp
 from jacserve_server.service import JacobianService, add_to_server
 from jacserve_server.signature import FunctionSpec
 from jacserve_server.streams import Streams
-from jacserve_server.telemetry import Telemetry, TracingObserver
-from jacserve_server.tls import Certificates
-from jacserve_server.tokens import TokenFile
+from jacserve_server.telemetry import TracingObserver
 from jacserve_server.warmup import first_work, further_work, single_point
 from jacserve_server.work import Work
 
@@ -90,46 +87,11 @@ class WarmUpError(Exception):
     """A function can't be made ready; the text says why."""
 
 
-class _Entrance(NamedTuple):
-    """Who may come in, and how.
-
-    Attributes:
-        gate: Lets calls in.
-        credentials: Those of TLS; None for none.
-        telemetry: Sends spans of calls; None for none.
-    """
-
-    gate: Gate
-    credentials: grpc.ServerCredentials | None
-    telemetry: Telemetry | None
-
-
-def _open_entrance(config: Config) -> _Entrance:
-    try:
-        for warning in exposure.warnings_of(config):
-            _log.warning("%s", warning)
-    except OSError:
-        pass  # It can't be listened on, either, which `start` says.
-    credentials = None
-    if config.tls_certificate is not None and config.tls_key is not None:
-        credentials = Certificates(
-            config.tls_certificate, config.tls_key, config.tls_client_ca
-        ).credentials()
-    gate: Gate = OpenGate()
-    if config.tokens_file is not None or config.tls_client_ca is not None:
-        gate = GuardedGate(
-            TokenFile(config.tokens_file) if config.tokens_file is not None else None,
-            has_certificates=config.tls_client_ca is not None,
-            scopes=config.tls_client_scopes,
-        )
-    return _Entrance(gate, credentials, Telemetry() if config.open_telemetry else None)
-
-
 class Server:
     """Serves a catalog on one port, from one event loop."""
 
     def __init__(
-        self, catalog: Catalog, machine: Machine, entrance: _Entrance, config: Config
+        self, catalog: Catalog, machine: Machine, entrance: Entrance, config: Config
     ) -> None:
         """Puts the parts together; `start` opens the port.
 
@@ -415,7 +377,7 @@ def _open_desk(catalog: Catalog, machine: Machine, config: Config) -> Any:
 
 async def _build_server(catalog: Catalog, config: Config) -> Server:
     # Nothing is compiled, and no process started, before this is settled.
-    entrance = _open_entrance(config)
+    entrance = open_entrance(config)
     machine = await build_machine(catalog, config)
     return Server(catalog, machine, entrance, config)
 
