@@ -93,6 +93,49 @@ def test_the_client_page_lists_every_quantity_and_option() -> None:
     assert listed >= set(QUANTITIES) | options
 
 
+def test_the_operating_page_has_every_bound() -> None:
+    text = (ROOT / "docs/operating.md").read_text()
+    bounds = {
+        name
+        for name in Config.model_fields
+        if re.match(r"max_|tls_|.*_idle_s|.*_budget_s|drain_|grace_", name)
+    } - {"max_coalesced"}
+    assert {name for name in bounds if f"`{name}`" not in text} == set()
+
+
+def test_each_fault_names_tests_that_there_are() -> None:
+    text = (ROOT / "docs/operating.md").read_text()
+    [table] = re.findall(r"^## What happens when \.\.\.\n(.*?)^## ", text, re.M | re.S)
+    rows = re.findall(r"^\| (?!what |---)(.*) \|$", table, re.M)
+    assert len(rows) > 12
+    for row in rows:
+        what, _, _, shown = re.split(r" *\| *", row)
+        named = re.findall(r"`([\w/]+\.py)::(\w+)`", shown)
+        assert named, what
+        for file, test in named:
+            code = (ROOT / "tests" / file).read_text()
+            assert re.search(rf"^def {test}\(", code, re.M), f"{file}::{test}"
+
+
+@pytest.mark.parametrize(
+    ("heading", "folder"),
+    [
+        ("client", "client/jacserve"),
+        ("server", "server/jacserve_server"),
+        ("server, `isolation/`", "server/jacserve_server/isolation"),
+        ("server, `jobs/`", "server/jacserve_server/jobs"),
+    ],
+)
+def test_the_architecture_page_lists_every_module(heading: str, folder: str) -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    table = text.partition(f"| {heading} | |\n")[2].partition("\n\n")[0]
+    cells = re.findall(r"^\| (`.*?) \|", table, re.M)
+    listed = [name for cell in cells for name in re.findall(r"`(\w+)/?`", cell)]
+    modules = {path.stem for path in (ROOT / folder).glob("*.py")}
+    described = {"transforms"} if heading == "server" else set[str]()
+    assert sorted(listed) == sorted(modules - {"__init__", "__main__"} | described)
+
+
 def test_links_lead_somewhere() -> None:
     for page in [
         *ROOT.glob("*.md"),
