@@ -112,6 +112,15 @@ def test_who_creates_tokens_at_once_loses_none(path: Path) -> None:
     assert {token.id for token in tokens.read(path)} == {token.id for token, _ in made}
 
 
+def test_who_could_read_the_file_still_can(path: Path) -> None:
+    tokens.create(path, "ada", ["read"], None)
+    path.chmod(0o640)
+    tokens.create(path, "bob", ["read"], None)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    tokens.revoke(path, "bob")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
 @pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
 def test_a_file_that_others_can_change_is_refused(path: Path, mode: int) -> None:
     tokens.create(path, "ada", ["read"], None)
