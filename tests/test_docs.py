@@ -4,9 +4,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from jacserve.commands import app
@@ -18,6 +20,7 @@ from jacserve_server.registration import build_catalog
 from server_process import server_process
 
 ROOT = Path(__file__).parents[1]
+NEEDS_NO_EXAMPLE = {"jacserve functions"}
 
 
 def blocks(page: str, language: str = "python") -> list[str]:
@@ -134,6 +137,22 @@ def test_the_architecture_page_lists_every_module(heading: str, folder: str) -> 
     modules = {path.stem for path in (ROOT / folder).glob("*.py")}
     described = {"transforms"} if heading == "server" else set[str]()
     assert sorted(listed) == sorted(modules - {"__init__", "__main__"} | described)
+
+
+def test_every_command_and_option_is_explained() -> None:
+    waiting: list[tuple[str, Any]] = [("jacserve", get_command(app))]
+    while waiting:
+        path, command = waiting.pop()
+        assert command.help, path
+        for each in command.params:
+            if each.param_type_name == "argument":
+                assert each.metavar is not None, f"{path} {each.name}"
+                assert each.metavar.isupper() or "..." in each.metavar
+            assert each.help.endswith("."), f"{path} {each.name}"
+        inner = getattr(command, "commands", {})
+        if not inner and path.count(" ") == 1:
+            assert "Example: jacserve" in command.help or path in NEEDS_NO_EXAMPLE
+        waiting += [(f"{path} {name}", each) for name, each in inner.items()]
 
 
 def test_links_lead_somewhere() -> None:

@@ -116,7 +116,7 @@ def serve(
 
     Every setting of docs/serving.md can also come from the TOML file, or from the
     environment as JACSERVE_ and its name in capitals. Flags go before the
-    environment, the environment before the file.
+    environment, the environment before the file. Example: jacserve serve functions.py
     """
     with needing_server():
         from jacserve.connection import VARIABLES

@@ -90,6 +90,7 @@ def test_revoked_by_id_or_by_name(path: Path) -> None:
         ("create", "ada\n", "--scope", "read"),
         ("create", "ada", "--scope", "read", "--expires", "soon"),
         ("create", "ada", "--scope", "read", "--expires", "-1d"),
+        ("create", "ada", "--scope", "read", "--expires", "5m"),
         ("create", "ada", "--scope", "read", "--expires", "9" * 30 + "w"),
         ("list",),
         ("revoke", "ada"),
