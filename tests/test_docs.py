@@ -4,9 +4,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from jacserve.commands import app
@@ -18,6 +20,7 @@ from jacserve_server.registration import build_catalog
 from server_process import server_process
 
 ROOT = Path(__file__).parents[1]
+NEEDS_NO_EXAMPLE = {"jacserve functions"}
 
 
 def blocks(page: str, language: str = "python") -> list[str]:
@@ -91,6 +94,65 @@ def test_the_client_page_lists_every_quantity_and_option() -> None:
     listed = set(re.findall(r"^\| `(\w+)` \|", text, re.M))
     options = set(EvaluateOptions.__annotations__)
     assert listed >= set(QUANTITIES) | options
+
+
+def test_the_operating_page_has_every_bound() -> None:
+    text = (ROOT / "docs/operating.md").read_text()
+    bounds = {
+        name
+        for name in Config.model_fields
+        if re.match(r"max_|tls_|.*_idle_s|.*_budget_s|drain_|grace_", name)
+    } - {"max_coalesced"}
+    assert {name for name in bounds if f"`{name}`" not in text} == set()
+
+
+def test_each_fault_names_tests_that_there_are() -> None:
+    text = (ROOT / "docs/operating.md").read_text()
+    [table] = re.findall(r"^## What happens when \.\.\.\n(.*?)^## ", text, re.M | re.S)
+    rows = re.findall(r"^\| (?!what |---)(.*) \|$", table, re.M)
+    assert len(rows) > 12
+    for row in rows:
+        what, _, _, shown = re.split(r" *\| *", row)
+        named = re.findall(r"`([\w/]+\.py)::(\w+)`", shown)
+        assert named, what
+        for file, test in named:
+            code = (ROOT / "tests" / file).read_text()
+            assert re.search(rf"^def {test}\(", code, re.M), f"{file}::{test}"
+
+
+@pytest.mark.parametrize(
+    ("heading", "folder"),
+    [
+        ("client", "client/jacserve"),
+        ("server", "server/jacserve_server"),
+        ("server, `isolation/`", "server/jacserve_server/isolation"),
+        ("server, `jobs/`", "server/jacserve_server/jobs"),
+    ],
+)
+def test_the_architecture_page_lists_every_module(heading: str, folder: str) -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    table = text.partition(f"| {heading} | |\n")[2].partition("\n\n")[0]
+    cells = re.findall(r"^\| (`.*?) \|", table, re.M)
+    listed = [name for cell in cells for name in re.findall(r"`(\w+)/?`", cell)]
+    modules = {path.stem for path in (ROOT / folder).glob("*.py")}
+    described = {"transforms"} if heading == "server" else set[str]()
+    assert sorted(listed) == sorted(modules - {"__init__", "__main__"} | described)
+
+
+def test_every_command_and_option_is_explained() -> None:
+    waiting: list[tuple[str, Any]] = [("jacserve", get_command(app))]
+    while waiting:
+        path, command = waiting.pop()
+        assert command.help, path
+        for each in command.params:
+            if each.param_type_name == "argument":
+                assert each.metavar is not None, f"{path} {each.name}"
+                assert each.metavar.isupper() or "..." in each.metavar
+            assert each.help.endswith("."), f"{path} {each.name}"
+        inner = getattr(command, "commands", {})
+        if not inner and path.count(" ") == 1:
+            assert "Example: jacserve" in command.help or path in NEEDS_NO_EXAMPLE
+        waiting += [(f"{path} {name}", each) for name, each in inner.items()]
 
 
 def test_links_lead_somewhere() -> None:

@@ -33,7 +33,9 @@ Timeout = Annotated[
         "--timeout", help="Seconds to wait for the answer.", show_default="no limit"
     ),
 ]
-Name = Annotated[str, typer.Argument(help="The function: NAME or NAME@VERSION.")]
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="The function: NAME or NAME@VERSION.")
+]
 Quantities = Annotated[
     list[str] | None,
     typer.Option(
@@ -171,8 +173,8 @@ _CONNECTION = {
         list[str] | None,
         _option(
             "--target",
-            "Address of the server, HOST:PORT; several may be repeated, or with commas "
-            "between.",
+            "Address of the server, HOST:PORT. May be repeated, or have several with "
+            "commas between.",
             "JACSERVE_TARGET",
             "localhost:50051",
         ),

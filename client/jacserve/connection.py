@@ -22,6 +22,20 @@ from jacserve.channels import channel_options
 from jacserve.errors import UnavailableError
 
 DEFAULT_TARGET = "localhost:50051"
+# What is read of the environment.
+VARIABLES = frozenset(
+    {
+        "JACSERVE_TARGET",
+        "JACSERVE_TOKEN",
+        "JACSERVE_TOKEN_FILE",
+        "JACSERVE_TLS",
+        "JACSERVE_TLS_CA",
+        "JACSERVE_TLS_SERVER_NAME",
+        "JACSERVE_CLIENT_CERTIFICATE",
+        "JACSERVE_CLIENT_KEY",
+        "JACSERVE_PLAINTEXT_TOKEN",
+    }
+)
 
 _log = logging.getLogger(__name__)
 # Targets in gRPC's own notation.

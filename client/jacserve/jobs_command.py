@@ -39,9 +39,9 @@ from jacserve.vocabulary import JOB_STATES, JobState, Quantity
 
 _INTERRUPTED = 130
 _CANCELLED = 3
-_SECONDS = {"": 1, "s": 1, "min": 60, "h": 3600, "d": 86400}
+_SECONDS = {"": 1, "s": 1, "min": 60, "h": 3600, "d": 86400, "w": 604800}
 
-Id = Annotated[str, typer.Argument(help="The job's id.")]
+Id = Annotated[str, typer.Argument(metavar="ID", help="The job's id.")]
 Owner = Annotated[
     str,
     typer.Option(
@@ -214,7 +214,7 @@ def parse_source(text: str) -> tuple[str, Source]:
 
 
 def _parse_time(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d*)?) ?(s|min|h|d)?", text)
+    match = re.fullmatch(r"(\d+(?:\.\d*)?) ?(s|min|h|d|w)?", text)
     if match is None:
         raise ArrayTextError(
             f"--ttl takes a time such as 90min, 12h or 7d, not {text}."

@@ -67,7 +67,9 @@ def top(
                 next(looks)
                 _end(_print(next(looks), as_lines=as_lines))
             elif as_lines or not sys.stdout.isatty():
-                for views in looks:
+                for count, views in enumerate(looks):
+                    if count and not as_lines:
+                        print()
                     _print(views, as_lines=as_lines)
             else:
                 _draw(looks)

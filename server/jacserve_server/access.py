@@ -159,8 +159,9 @@ class GuardedGate:
         if not values:
             raise ServiceError(
                 "TOKEN_INVALID",
-                "the call has no token, and this server asks for one. Send the "
-                "metadata authorization: Bearer TOKEN.",
+                "the call has no token, and this server asks for one. Pass "
+                "its file as token_file, --token-file or JACSERVE_TOKEN_FILE; other "
+                "clients send the metadata authorization: Bearer TOKEN.",
             )
         if len(values) > 1:
             # One that a proxy looks at must not be another than the one that counts.

@@ -116,9 +116,10 @@ def serve(
 
     Every setting of docs/serving.md can also come from the TOML file, or from the
     environment as JACSERVE_ and its name in capitals. Flags go before the
-    environment, the environment before the file.
+    environment, the environment before the file. Example: jacserve serve functions.py
     """
     with needing_server():
+        from jacserve.connection import VARIABLES
         from jacserve_server import logs
         from jacserve_server.config import Config
         from jacserve_server.executor import DeviceError, stay_on_cpu
@@ -155,10 +156,8 @@ def serve(
         stay_on_cpu()  # The devices are the worker's.
     for name in os.environ:
         setting = name.removeprefix("JACSERVE_").lower()
-        if name.startswith("JACSERVE_") and setting not in {
-            *Config.model_fields,
-            "target",
-        }:
+        is_known = setting in Config.model_fields or name in VARIABLES
+        if name.startswith("JACSERVE_") and not is_known:
             print(f"jacserve: {name} is not a setting; ignored.", file=sys.stderr)
     logs.configure(settings.log_format, settings.log_level)
     try:

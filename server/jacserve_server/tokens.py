@@ -353,9 +353,11 @@ def _write(path: Path, tokens: list[Token]) -> None:
             file.flush()
             os.fsync(file.fileno())
             if path.exists() and hasattr(os, "chown"):
-                # Else a file that root changes is not the server's any more.
+                # Else a file that root changes is not the server's any more, nor that
+                # of a group which could read it.
                 found = path.stat()
                 os.chown(fresh, found.st_uid, found.st_gid)
+                os.chmod(fresh, found.st_mode & 0o644)
         os.replace(fresh, path)
     except BaseException:
         os.unlink(fresh)

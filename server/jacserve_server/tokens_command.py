@@ -1,5 +1,6 @@
 """`jacserve tokens`: who may call a server, in a file."""
 
+import re
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,16 +20,20 @@ File = Annotated[
     typer.Option(
         "--file",
         envvar="JACSERVE_TOKENS_FILE",
-        help="The file of tokens, as the server's tokens_file names it.",
+        show_envvar=False,
+        help="The file of tokens, as the server's tokens_file names it. Else from "
+        "JACSERVE_TOKENS_FILE.",
     ),
 ]
 _DEFAULT_FILE = Path("tokens.json")
-_UNITS = {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
+_UNITS = {"min": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
 
 
 @tokens.command()
 def create(
-    name: Annotated[str, typer.Argument(help="Whom it is for; jobs will be theirs.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Whom it is for; jobs will be theirs.")
+    ],
     scopes: Annotated[
         list[str],
         typer.Option(
@@ -40,7 +45,8 @@ def create(
     expires: Annotated[
         str | None,
         typer.Option(
-            help="For how long it holds: a number and m, h, d or w, such as 90d.",
+            metavar="TIME",
+            help="For how long it holds, such as 90min, 12h, 90d or 8w.",
             show_default="for ever",
         ),
     ] = None,
@@ -108,7 +114,10 @@ def list_tokens(file: File = _DEFAULT_FILE) -> None:
 @tokens.command()
 def revoke(
     name_or_id: Annotated[
-        str, typer.Argument(help="An id, for one token; or a name, for all of it.")
+        str,
+        typer.Argument(
+            metavar="NAME_OR_ID", help="An id, for one token; or a name, for all of it."
+        ),
     ],
     file: File = _DEFAULT_FILE,
 ) -> None:
@@ -129,10 +138,10 @@ def revoke(
 
 
 def _duration(text: str) -> timedelta:
-    number, unit = text[:-1], text[-1:]
-    if not (number.isdecimal() and number.isascii() and unit in _UNITS):
-        fail(f"--expires takes a number and m, h, d or w, such as 90d, not {text!r}.")
+    match = re.fullmatch(r"([0-9]+) ?(min|h|d|w)", text)
+    if match is None:
+        fail(f"--expires takes a time such as 90min, 12h, 90d or 8w, not {text!r}.")
     try:
-        return timedelta(seconds=int(number) * _UNITS[unit])
+        return timedelta(seconds=int(match[1]) * _UNITS[match[2]])
     except OverflowError:
         fail(f"--expires {text} is too long. Leave it out for a token without an end.")

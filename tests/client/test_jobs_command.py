@@ -96,7 +96,7 @@ def test_from_a_file_to_a_file(jobs, folder: Path) -> None:
     np.save(folder / "points.npy", POINTS)
     done = jobs(
         "submit", "scaled", "-i", "x=points.npy", "-i", "a=2.0", "-q", "jacobian",
-        "--wrt", "x", "--id", "night-1", "--ttl", "1h",
+        "--wrt", "x", "--id", "night-1", "--ttl", "2w",
     )  # fmt: skip
     assert done.stdout == "night-1\n"
     assert re.search(r"night-1: succeeded, 1,000 points in \d+ s\n$", done.stderr)

@@ -1,6 +1,7 @@
 """How servers look in `jacserve top`."""
 
 import io
+import itertools
 import json
 import os
 import re
@@ -190,6 +191,8 @@ def test_in_a_pipe_it_sees_a_server_go_and_come_back() -> None:
     with top("--target", f"127.0.0.1:{port}") as (process, lines):
         with serving(zoo.registry, port=port):
             assert any("  serving  " in line for line in lines)
+            frame = list(itertools.takewhile(lambda x: "  serving  " not in x, lines))
+            assert frame[-1] == "\n"
         assert any("  away" in line for line in lines)
         with serving(zoo.registry, port=port):
             assert any("  serving  " in line for line in lines)

@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 )
 
 import jacserve
+from jacserve.connection import VARIABLES
 from server_process import server_process
 
 FUNCTIONS = '''
@@ -114,7 +115,8 @@ def test_a_second_signal_ends_it_at_once(functions: Path) -> None:
 
 
 def test_ctrl_c_stops_it_quietly(functions: Path) -> None:
-    with server_process(functions) as server:
+    # Nor do the variables of its clients disturb it, which are there, too.
+    with server_process(functions, **dict.fromkeys(VARIABLES, "x")) as server:
         server.process.send_signal(signal.SIGINT)
         out, _ = server.process.communicate(timeout=30)
         assert server.process.returncode == 0

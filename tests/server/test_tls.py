@@ -1,5 +1,6 @@
 """Certificates that follow their files, and who may listen to a network."""
 
+import json
 import logging
 import socket
 import ssl
@@ -328,6 +329,7 @@ def test_the_command_serves_tls_and_tokens(
                 settings["tls_certificate"],
                 "--tls-key",
                 settings["tls_key"],
+                GRPC_VERBOSITY="ERROR",
             )
         )
         target = f"localhost:{server.target.rpartition(':')[2]}"
@@ -335,7 +337,10 @@ def test_the_command_serves_tls_and_tokens(
         for token in (good, good[:-1], "x"):
             ask(channel, LIST, metadata=(("authorization", f"Bearer {token}"),))
         assert ask(channel, LIST).reason == "TOKEN_INVALID"
+        with grpc.insecure_channel(target) as plain:
+            assert ask(plain, LIST).code is grpc.StatusCode.UNAVAILABLE
         said = server.errors()
+    assert all(map(json.loads, said.splitlines()))
     assert "refused ListFunctions" in said
     assert good[21:-1] not in said
     assert "PRIVATE KEY" not in said

@@ -90,6 +90,7 @@ def test_revoked_by_id_or_by_name(path: Path) -> None:
         ("create", "ada\n", "--scope", "read"),
         ("create", "ada", "--scope", "read", "--expires", "soon"),
         ("create", "ada", "--scope", "read", "--expires", "-1d"),
+        ("create", "ada", "--scope", "read", "--expires", "5m"),
         ("create", "ada", "--scope", "read", "--expires", "9" * 30 + "w"),
         ("list",),
         ("revoke", "ada"),
@@ -110,6 +111,15 @@ def test_who_creates_tokens_at_once_loses_none(path: Path) -> None:
             pool.map(lambda n: tokens.create(path, f"n{n}", ["read"], None), range(24))
         )
     assert {token.id for token in tokens.read(path)} == {token.id for token, _ in made}
+
+
+def test_who_could_read_the_file_still_can(path: Path) -> None:
+    tokens.create(path, "ada", ["read"], None)
+    path.chmod(0o640)
+    tokens.create(path, "bob", ["read"], None)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    tokens.revoke(path, "bob")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
 @pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
