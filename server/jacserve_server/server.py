@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import grpc.aio
-from grpc_health.v1 import health, health_pb2
+from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 
 from jacserve.v1 import admin_pb2, jacobian_pb2 as pb, jobs_pb2
@@ -152,7 +152,7 @@ class Server:
             for function in catalog.functions
             for warm_up in function.warm_up
         ]
-        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        self._health = probes.Health(_SERVICES)
         self._telemetry = entrance.telemetry
         self._server = grpc.aio.server(
             interceptors=[self._telemetry.interceptor] if self._telemetry else None,
@@ -205,13 +205,15 @@ class Server:
         add_to_server(self._service, self._server, boundary)
         admin_service.add_to_server(admin, self._server, boundary)
         job_service.add_to_server(self._jobs, self._server, boundary)
+        to_all = Boundary(OpenGate(), observer)
         probes.add_health(
-            self._health, self._server, None if config.open_health else boundary
+            self._health, self._server, to_all if config.open_health else boundary
         )
         probes.add_reflection(
             (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME),
             self._server,
-            None if config.open_reflection else boundary,
+            to_all if config.open_reflection else boundary,
+            streams,
         )
 
     async def start(self) -> str:
@@ -236,8 +238,6 @@ class Server:
                 f"can't listen on {address}:{port}: {reason}. Pass another --port, or "
                 "0 for a free one; --host takes an address of this machine."
             ) from error
-        # Before it can be asked: by itself it would say SERVING.
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
             self._metrics = await self._open_metrics()
             await self._server.start()
@@ -248,7 +248,7 @@ class Server:
             await self._close_metrics()
             self._executor.close()
             raise
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._health.set(is_serving=True)
         self._is_serving = True
         self._warming = asyncio.create_task(self._warm_up_further())
         self._resuming = asyncio.create_task(self._resume_jobs())
@@ -290,10 +290,6 @@ class Server:
     async def _close_metrics(self) -> None:
         if self._metrics is not None:
             await asyncio.to_thread(self._metrics.close)
-
-    async def _set_health(self, status: Any) -> None:
-        for name in ("", *_SERVICES):
-            await self._health.set(name, status)
 
     async def _warm_up(self, function: FunctionSpec, work: Work) -> None:
         try:
@@ -347,7 +343,7 @@ class Server:
             threads end with it, or with the process.
         """
         self._is_serving = False
-        await self._health.enter_graceful_shutdown()
+        self._health.set(is_serving=False)
         # Callers that go by health turn away now, and none of them is refused.
         await asyncio.sleep(self._config.drain_delay_s)
         deadline = time.monotonic() + self._config.grace_s
@@ -357,6 +353,7 @@ class Server:
         draining = asyncio.gather(self._jobs.stop(), self._scheduler.drain())
         self._service.close_sessions()
         await self._quiet(min(_MOST_REFUSING_S, self._config.grace_s))
+        self._health.close()
         # It tells all connections to go elsewhere, at once. A drained call has its
         # answer, but may not have sent all of it yet.
         left = max(deadline - time.monotonic(), 0.1)
