@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 import jacserve
 import nasty_functions
+import raw_http2
 from guarded import Tokens, ask, bearer, connected
 from jacserve_server import Registry, serving
 from server_process import server_process
@@ -23,6 +24,16 @@ WATCH = "/grpc.health.v1.Health/Watch"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 SERVING = b"\x08\x01"
 NOT_SERVING = b"\x08\x02"
+FUNCTIONS = """
+from jaxtyping import Array, Float
+from jacserve_server import Registry
+
+registry = Registry()
+
+@registry.function
+def double(x: Float[Array, "n"]) -> Float[Array, "n"]:
+    return 2 * x
+"""
 
 
 @registry.function
@@ -80,6 +91,34 @@ def test_who_watches_health_hears_of_the_end_and_does_not_hold_it_up() -> None:
         stack.close()
         assert time.monotonic() - start < 20
         assert list(watching) == [NOT_SERVING]
+
+
+def test_a_path_that_is_no_text_fails_alone() -> None:
+    with serving(registry) as server, connected(server.target) as channel:
+        for path in (b"/\xff", b"/jacserve.v1.JacobianService/\xff", b"\xc3/\xe2\x28"):
+            assert b"grpc-status" in raw_http2.send(server.target, path)
+        assert ask(channel, CHECK).parts == (SERVING,)
+
+
+@pytest.mark.slow
+def test_what_peers_do_to_grpc_is_not_in_the_log(tmp_path: Path) -> None:
+    tokens = Tokens(tmp_path)
+    token = tokens.make("reads", "read")
+    file = tmp_path / "functions.py"
+    file.write_text(FUNCTIONS)
+    listing = b"/jacserve.v1.JacobianService/ListFunctions"
+    with server_process(file, JACSERVE_TOKENS_FILE=str(tokens.path)) as server:
+        for value in (f"Bearer {token}".encode() + b"\xff", b"\xff" + token.encode()):
+            raw_http2.send(server.target, listing, [(b"authorization", value)])
+        raw_http2.send(server.target, b"/\xff")
+        with connected(server.target) as channel:
+            for path in (CHECK, WATCH):
+                channel.unary_stream(path)(b"\xff\xff").cancel()
+            assert ask(channel, CHECK).parts == (SERVING,)
+        log = server.errors()
+    assert "Traceback" not in log
+    assert token.rpartition("_")[2] not in log
+    assert len(log.splitlines()) <= 2
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -335,6 +335,11 @@ class Server:
         except ServiceError as error:
             _log.warning("no jobs are run: %s", error.message)
 
+    async def ended(self) -> None:
+        """Waits until nothing is answered any more, by a fault of gRPC's."""
+        with suppress(Exception):  # It has logged it.
+            await self._server.wait_for_termination()
+
     async def stop(self) -> bool:
         """Drains: not ready, then refusing; what runs may finish within the grace.
 
@@ -420,7 +425,7 @@ async def _build_server(catalog: Catalog, config: Config) -> Server:
 async def serve_until_signal(
     catalog: Catalog, config: Config, on_start: Callable[[str], None]
 ) -> bool:
-    """Serves until SIGTERM or SIGINT, then drains.
+    """Serves until SIGTERM or SIGINT, or until gRPC has ended, then drains.
 
     Args:
         catalog: The functions.
@@ -428,7 +433,7 @@ async def serve_until_signal(
         on_start: Called with the address once calls are answered.
 
     Returns:
-        Whether all that ran has finished within the grace.
+        Whether it was told to stop, and all that ran has finished within the grace.
 
     Raises:
         AddressError: The address can't be listened on.
@@ -451,11 +456,15 @@ async def serve_until_signal(
         starting.cancel()
         return False  # What is being compiled can't be stopped.
     on_start(await starting)
-    await told
+    ended = asyncio.create_task(server.ended())
+    await asyncio.wait({told, ended}, return_when=asyncio.FIRST_COMPLETED)
+    if not told.done():
+        _log.critical("gRPC has ended by itself, and so does the server")
+    ended.cancel()
     for number in (signal.SIGTERM, signal.SIGINT):
         # A second one ends the process at once, whatever its threads do.
         loop.add_signal_handler(number, os._exit, 128 + number)
-    return await server.stop()
+    return await server.stop() and told.done()
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
