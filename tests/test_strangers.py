@@ -41,6 +41,11 @@ def double(x: Float[Array, "3"]) -> Float[Array, "3"]:
     return 2 * x
 
 
+@registry.function
+def outer(x: Float[Array, "n"]) -> Float[Array, "n n"]:
+    return x[:, None] * x
+
+
 def large_name() -> bytes:
     return health_pb2.HealthCheckRequest(service="x" * 2**20).SerializeToString()
 
@@ -98,6 +103,15 @@ def test_a_path_that_is_no_text_fails_alone() -> None:
         for path in (b"/\xff", b"/jacserve.v1.JacobianService/\xff", b"\xc3/\xe2\x28"):
             assert b"grpc-status" in raw_http2.send(server.target, path)
         assert ask(channel, CHECK).parts == (SERVING,)
+
+
+def test_a_pattern_of_too_many_results_is_not_looked_for() -> None:
+    with serving(registry) as server, jacserve.Client(server.target) as client:
+        assert client.sparsity("outer", sizes={"n": 4}).pattern.shape == (16, 4)
+        with pytest.raises(jacserve.InvalidRequestError) as caught:
+            client.sparsity("outer", sizes={"n": 2**22}, timeout_s=30)
+        assert caught.value.reason == "SHAPE_MISMATCH"
+        assert f"has {2**44} results" in str(caught.value)
 
 
 @pytest.mark.slow

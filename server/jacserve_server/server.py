@@ -336,7 +336,10 @@ class Server:
             _log.warning("no jobs are run: %s", error.message)
 
     async def ended(self) -> None:
-        """Waits until nothing is answered any more, by a fault of gRPC's."""
+        """Waits until nothing is answered any more: told to stop, or by a fault.
+
+        To cancel it keeps gRPC from stopping.
+        """
         with suppress(Exception):  # It has logged it.
             await self._server.wait_for_termination()
 
@@ -460,7 +463,6 @@ async def serve_until_signal(
     await asyncio.wait({told, ended}, return_when=asyncio.FIRST_COMPLETED)
     if not told.done():
         _log.critical("gRPC has ended by itself, and so does the server")
-    ended.cancel()
     for number in (signal.SIGTERM, signal.SIGINT):
         # A second one ends the process at once, whatever its threads do.
         loop.add_signal_handler(number, os._exit, 128 + number)
