@@ -147,9 +147,8 @@ def test_an_administrator_sees_what_died_and_releases_it(tmp_path: Path) -> None
         assert later.process_id != first.process_id
         assert later.last_failure == "mortal@1: its process was killed by SIGKILL"
         assert metric(quarantined)
-        assert metric(
-            f'jacserve_worker_restarts_total{{cause="died",device="{first.device}"}} 2.0'
-        )
+        labels = f'cause="died",device="{first.device}"'
+        assert metric(f"jacserve_worker_restarts_total{{{labels}}} 2.0")
         refused = failure(lambda: user.value("mortal", GOOD))
         assert refused.reason == "FUNCTION_QUARANTINED"
         # Neither who computes nor another's name releases it.

@@ -105,6 +105,7 @@ def test_a_path_that_is_no_text_fails_alone() -> None:
         assert ask(channel, CHECK).parts == (SERVING,)
 
 
+@pytest.mark.slow
 def test_a_pattern_of_too_many_results_is_not_looked_for() -> None:
     with serving(registry) as server, jacserve.Client(server.target) as client:
         assert client.sparsity("outer", sizes={"n": 4}).pattern.shape == (16, 4)
