@@ -19,6 +19,8 @@ from jacserve_server import Registry, WarmUp
 registry = Registry()
 # Without any that is warmed up.
 quiet = Registry()
+# With one that dies and one that does not.
+mortal = Registry()
 ENDLESS = 13  # The size at which tracing never ends.
 
 
@@ -47,6 +49,7 @@ def leave(x: Float[Array, "n"]) -> Float[Array, "n"]:
     return unless_positive(lambda: os._exit(3))(x)
 
 
+@mortal.function(name="mortal")
 @registry.function
 def suicide(x: Float[Array, "n"]) -> Float[Array, "n"]:
     return unless_positive(lambda: os.kill(os.getpid(), signal.SIGKILL))(x)
@@ -145,6 +148,7 @@ def pid(x: Float[Array, ""]) -> Float[Array, ""]:
     )
 
 
+@mortal.function(name="immortal")
 @registry.function
 def gentle(x: Float[Array, "n"]) -> Float[Array, "n"]:
     return jnp.sin(x) * x

@@ -67,6 +67,30 @@ def test_a_batch_too_large_for_the_memory_is_computed_in_parts() -> None:
 
 
 @pytest.mark.slow
+def test_a_worker_without_memory_is_asked_for_parts_and_goes_on() -> None:
+    points = np.random.default_rng(0).uniform(1.0, 2.0, (100, 1000))
+    expected = np.stack([np.sin(np.outer(x, x)) @ x for x in points])
+    with (
+        server_process(
+            FUNCTIONS, "--device", "cpu", JACSERVE_ISOLATION="process"
+        ) as server,
+        jacserve.Client(server.target, timeout_s=100) as client,
+    ):
+        client.value("waves", points[:2])
+        [worker] = client.status().workers
+        assert worker.process_id is not None
+        with left_with(worker.process_id, 700 * 2**20):
+            result = client.evaluate("waves", points, quantities=["value"])
+            np.testing.assert_allclose(result.value, expected, rtol=1e-9)
+            with pytest.raises(jacserve.CapacityError) as caught:
+                client.value("waves", np.ones(10_000), exact=True)
+            assert caught.value.reason == "DEVICE_OUT_OF_MEMORY"
+            assert client.value("double", np.ones(3))[0] == 2.0
+        assert client.status().workers[0].start_count == 1
+        assert client.describe("waves").quarantine_reason == ""
+
+
+@pytest.mark.slow
 def test_a_point_too_large_for_the_memory_is_computed_in_chunks() -> None:
     x = np.random.default_rng(0).uniform(1.0, 2.0, 400)
     with (

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -18,6 +19,7 @@ import pytest
 import jacserve
 import nasty_functions
 import zoo
+from guarded import Tokens
 from jacserve.errors import JacobianError
 from jacserve.vocabulary import Quantity
 from jacserve_server import Registry, RunningServer, serving
@@ -116,6 +118,51 @@ def test_what_ends_its_process_fails_alone_and_is_quarantined_at_the_second_time
     assert info.quarantine_reason in str(refused)
     assert info.isolation == "process"
     assert client.describe("gentle").quarantine_reason == ""
+
+
+@pytest.mark.slow
+def test_an_administrator_sees_what_died_and_releases_it(tmp_path: Path) -> None:
+    tokens = Tokens(tmp_path)
+    users, admins = tokens.make("u", "read", "compute"), tokens.make("a", "admin")
+    settings = {"tokens_file": tokens.path, "metrics_port": 0}
+
+    def metric(line: str) -> bool:
+        with urllib.request.urlopen(server.metrics_url, timeout=30) as response:
+            return f"\n{line}\n" in response.read().decode()
+
+    quarantined = 'jacserve_quarantined{function="mortal@1"} 1.0'
+    with (
+        isolated(nasty_functions.mortal, **settings) as server,
+        jacserve.Client(server.target, token=users, timeout_s=SOON_S) as user,
+        jacserve.Client(server.target, token=admins) as admin,
+    ):
+        [first] = admin.status().workers
+        assert (first.start_count, first.last_failure) == (1, "")
+        assert is_running(first.process_id or 0)
+        for _ in range(2):
+            assert failure(lambda: user.value("mortal", BAD)).reason == "WORKER_DIED"
+        until(lambda: admin.status().workers[0].process_id)
+        [later] = admin.status().workers
+        assert (later.device, later.start_count) == (first.device, 3)
+        assert later.process_id != first.process_id
+        assert later.last_failure == "mortal@1: its process was killed by SIGKILL"
+        assert metric(quarantined)
+        labels = f'cause="died",device="{first.device}"'
+        assert metric(f"jacserve_worker_restarts_total{{{labels}}} 2.0")
+        refused = failure(lambda: user.value("mortal", GOOD))
+        assert refused.reason == "FUNCTION_QUARANTINED"
+        # Neither who computes nor another's name releases it.
+        assert failure(lambda: user.release("mortal")).reason == "SCOPE_MISSING"
+        assert failure(lambda: admin.release("other")).reason == "FUNCTION_NOT_FOUND"
+        admin.release("immortal")
+        assert failure(lambda: user.value("mortal", GOOD)).reason == refused.reason
+        assert admin.release("mortal").quarantine_reason == ""
+        np.testing.assert_array_equal(user.value("mortal", GOOD), GOOD)
+        assert not metric(quarantined)
+        # It starts anew: one more death is the first.
+        assert failure(lambda: user.value("mortal", BAD)).reason == "WORKER_DIED"
+        np.testing.assert_array_equal(user.value("mortal", GOOD), GOOD)
+        assert user.jacobian("immortal", GOOD).shape == (3, 3)
 
 
 def test_what_does_not_end_is_ended_after_its_budget(client: jacserve.Client) -> None:

@@ -83,4 +83,4 @@ def add_to_server(
         boundary: Answers calls whose requests can't be read.
     """
     descriptor = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
-    add_handlers(descriptor, service, server, _HANDLERS, boundary)
+    add_handlers(descriptor.full_name, service, server, _HANDLERS, boundary)

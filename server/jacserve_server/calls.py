@@ -18,7 +18,6 @@ from typing import Any, Protocol, TypeVar
 
 import grpc
 import grpc.aio
-from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 
 from jacserve_server.access import Gate, request_id_of
@@ -202,7 +201,7 @@ async def _refuse(context: Any, status: _Status) -> None:
 
 
 def add_handlers(
-    descriptor: ServiceDescriptor,
+    name: str,
     service: object,
     server: grpc.aio.Server,
     handlers: Mapping[str, Handler],
@@ -211,7 +210,7 @@ def add_handlers(
     """Has a server answer the calls of a service.
 
     Args:
-        descriptor: The service in the contract.
+        name: The service's full name.
         service: Has a method for each call, of its name.
         server: Receives the calls.
         handlers: How the messages of each call are read and written.
@@ -225,9 +224,7 @@ def add_handlers(
         )
         for method, handler in handlers.items()
     }
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler(descriptor.full_name, made),)
-    )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, made),))
 
 
 def _handler(
@@ -275,8 +272,13 @@ def _read(read: Callable[[bytes], Any], raw: bytes) -> Any:
     return read(raw)
 
 
-async def _unreadable(call: Call) -> bytes:
-    raise ServiceError(
+def unreadable() -> ServiceError:
+    """Makes the error of a request that can't be read."""
+    return ServiceError(
         "MALFORMED_REQUEST",
         "the request can't be read. Send messages as the contract has them.",
     )
+
+
+async def _unreadable(call: Call) -> bytes:
+    raise unreadable()

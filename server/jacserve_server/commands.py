@@ -1,5 +1,6 @@
 """The server's commands: `jacserve serve`, `jacserve check` and `jacserve tune`."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -184,9 +185,10 @@ def serve(
     except RegistrationError as error:
         fail(*error.problems, "Nothing is served until this is mended.")
     print("Stopped." if is_drained else "Stopped while calls still ran.", flush=True)
-    if not is_drained:
-        # A running program can't be interrupted, and Python would wait for it.
-        os._exit(1)
+    # What runs or is compiled, perhaps for nobody any more, can't be interrupted, and
+    # Python would wait for it or take its libraries down under it.
+    logging.shutdown()
+    os._exit(int(not is_drained))
 
 
 def check(

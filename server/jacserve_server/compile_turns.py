@@ -7,10 +7,11 @@ is refilled with time.
 
 import asyncio
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -109,8 +110,8 @@ class CompileTurns:
                 for any.
             clock: The time, in seconds.
         """
-        self._pool = ThreadPoolExecutor(threads, "compile")
         self._free = threads
+        self._is_closed = False
         self._budgets = _Budgets(budget_s, clock)
         self._queue: FairQueue[_Waiting] = FairQueue()
         self._counts: Counter[str] = Counter()
@@ -148,16 +149,23 @@ class CompileTurns:
 
     def close(self) -> None:
         """Begins no more; what runs can't be stopped and is not waited for."""
+        self._is_closed = True
         for waiting in list(self._queue.rounds()):
             waiting.future.cancel()
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _begin(self) -> None:
         while self._free and (waiting := next(self._queue.heads(), None)):
             self._leave(waiting, is_its_turn=True)
-            if waiting.future.set_running_or_notify_cancel():
+            if self._is_closed:
+                waiting.future.cancel()
+            elif waiting.future.set_running_or_notify_cancel():
                 self._free -= 1
-                self._pool.submit(self._work, waiting, asyncio.get_running_loop())
+                loop = asyncio.get_running_loop()
+                # A thread for each, which takes far less than what it does. What never
+                # ends can't be stopped, and must not keep the process.
+                threading.Thread(
+                    target=self._work, args=(waiting, loop), name="compile", daemon=True
+                ).start()
 
     def _work(self, waiting: _Waiting, loop: asyncio.AbstractEventLoop) -> None:
         start = time.monotonic()

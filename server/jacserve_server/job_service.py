@@ -249,4 +249,4 @@ def add_to_server(
         boundary: Answers calls whose requests can't be read.
     """
     descriptor = jobs_pb2.DESCRIPTOR.services_by_name["JobService"]
-    add_handlers(descriptor, service, server, _HANDLERS, boundary)
+    add_handlers(descriptor.full_name, service, server, _HANDLERS, boundary)

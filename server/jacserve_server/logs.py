@@ -18,6 +18,31 @@ if TYPE_CHECKING:
 # C1 controls, and what else Unicode has to end lines and turn text around.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
+_log = logging.getLogger(__name__)
+# What gRPC raises where a client is gone, or has sent what is no text.
+_OF_PEERS = {
+    "AbortError",
+    "CancelledError",
+    "ExecuteBatchError",
+    "InternalError",
+    "UnicodeDecodeError",
+    "UsageError",
+}
+
+
+class _Calm(logging.Filter):
+    """Takes out what gRPC logs of its peers: tracebacks, and headers as they came.
+
+    Strangers could fill the log with them, and a header may have a token in it.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        raised = record.exc_info and record.exc_info[0]
+        if not raised or raised.__name__ not in _OF_PEERS:
+            return True
+        _log.debug("gRPC has ended a call: %s", raised.__name__)
+        return False
+
 
 def configure(
     log_format: Literal["auto", "text", "json"],
@@ -59,6 +84,7 @@ def configure(
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]
+    logging.getLogger("grpc._cython.cygrpc").filters[:] = [_Calm()]
     number = logging.getLevelNamesMapping()[level.upper()]
     root.setLevel(max(number, logging.WARNING))
     logging.getLogger("jacserve_server").setLevel(number)

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc.aio
-from grpc_health.v1 import health, health_pb2
+from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 
 from jacserve.v1 import admin_pb2, jacobian_pb2 as pb, jobs_pb2
@@ -114,7 +114,7 @@ class Server:
             for function in catalog.functions
             for warm_up in function.warm_up
         ]
-        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        self._health = probes.Health(_SERVICES)
         self._telemetry = entrance.telemetry
         self._server = grpc.aio.server(
             interceptors=[self._telemetry.interceptor] if self._telemetry else None,
@@ -167,13 +167,15 @@ class Server:
         add_to_server(self._service, self._server, boundary)
         admin_service.add_to_server(admin, self._server, boundary)
         job_service.add_to_server(self._jobs, self._server, boundary)
+        to_all = Boundary(OpenGate(), observer)
         probes.add_health(
-            self._health, self._server, None if config.open_health else boundary
+            self._health, self._server, to_all if config.open_health else boundary
         )
         probes.add_reflection(
             (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME),
             self._server,
-            None if config.open_reflection else boundary,
+            to_all if config.open_reflection else boundary,
+            streams,
         )
 
     async def start(self) -> str:
@@ -198,8 +200,6 @@ class Server:
                 f"can't listen on {address}:{port}: {reason}. Pass another --port, or "
                 "0 for a free one; --host takes an address of this machine."
             ) from error
-        # Before it can be asked: by itself it would say SERVING.
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
             self._metrics = await self._open_metrics()
             await self._server.start()
@@ -210,7 +210,7 @@ class Server:
             await self._close_metrics()
             self._executor.close()
             raise
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._health.set(is_serving=True)
         self._is_serving = True
         self._warming = asyncio.create_task(self._warm_up_further())
         self._resuming = asyncio.create_task(self._resume_jobs())
@@ -252,10 +252,6 @@ class Server:
     async def _close_metrics(self) -> None:
         if self._metrics is not None:
             await asyncio.to_thread(self._metrics.close)
-
-    async def _set_health(self, status: Any) -> None:
-        for name in ("", *_SERVICES):
-            await self._health.set(name, status)
 
     async def _warm_up(self, function: FunctionSpec, work: Work) -> None:
         try:
@@ -301,6 +297,14 @@ class Server:
         except ServiceError as error:
             _log.warning("no jobs are run: %s", error.message)
 
+    async def ended(self) -> None:
+        """Waits until nothing is answered any more: told to stop, or by a fault.
+
+        To cancel it keeps gRPC from stopping.
+        """
+        with suppress(Exception):  # It has logged it.
+            await self._server.wait_for_termination()
+
     async def stop(self) -> bool:
         """Drains: not ready, then refusing; what runs may finish within the grace.
 
@@ -309,7 +313,7 @@ class Server:
             threads end with it, or with the process.
         """
         self._is_serving = False
-        await self._health.enter_graceful_shutdown()
+        self._health.set(is_serving=False)
         # Callers that go by health turn away now, and none of them is refused.
         await asyncio.sleep(self._config.drain_delay_s)
         deadline = time.monotonic() + self._config.grace_s
@@ -319,6 +323,7 @@ class Server:
         draining = asyncio.gather(self._jobs.stop(), self._scheduler.drain())
         self._service.close_sessions()
         await self._quiet(min(_MOST_REFUSING_S, self._config.grace_s))
+        self._health.close()
         # It tells all connections to go elsewhere, at once. A drained call has its
         # answer, but may not have sent all of it yet.
         left = max(deadline - time.monotonic(), 0.1)
@@ -385,7 +390,7 @@ async def _build_server(catalog: Catalog, config: Config) -> Server:
 async def serve_until_signal(
     catalog: Catalog, config: Config, on_start: Callable[[str], None]
 ) -> bool:
-    """Serves until SIGTERM or SIGINT, then drains.
+    """Serves until SIGTERM or SIGINT, or until gRPC has ended, then drains.
 
     Args:
         catalog: The functions.
@@ -393,7 +398,7 @@ async def serve_until_signal(
         on_start: Called with the address once calls are answered.
 
     Returns:
-        Whether all that ran has finished within the grace.
+        Whether it was told to stop, and all that ran has finished within the grace.
 
     Raises:
         AddressError: The address can't be listened on.
@@ -416,11 +421,14 @@ async def serve_until_signal(
         starting.cancel()
         return False  # What is being compiled can't be stopped.
     on_start(await starting)
-    await told
+    ended = asyncio.create_task(server.ended())
+    await asyncio.wait({told, ended}, return_when=asyncio.FIRST_COMPLETED)
+    if not told.done():
+        _log.critical("gRPC has ended by itself, and so does the server")
     for number in (signal.SIGTERM, signal.SIGINT):
         # A second one ends the process at once, whatever its threads do.
         loop.add_signal_handler(number, os._exit, 128 + number)
-    return await server.stop()
+    return await server.stop() and told.done()
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

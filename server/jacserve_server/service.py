@@ -390,7 +390,7 @@ def add_to_server(
         boundary: Answers calls whose requests can't be read.
     """
     descriptor = pb.DESCRIPTOR.services_by_name["JacobianService"]
-    add_handlers(descriptor, service, server, _HANDLERS, boundary)
+    add_handlers(descriptor.full_name, service, server, _HANDLERS, boundary)
 
 
 def _check_patterns(outcome: Outcome, query: Query) -> None:

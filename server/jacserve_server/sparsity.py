@@ -39,6 +39,8 @@ Kind = Literal["jacobian", "hessian"]
 
 # Points and vectors at which a sparse matrix is compared with dense products.
 _CHECKED_POINTS, _CHECKED_VECTORS = 3, 4
+# What is looked for takes memory for each result, however few bytes have asked for it.
+_MOST_RESULTS = 2**22
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,6 +99,15 @@ def find_sparsity(function: RegisteredFunction, sought: SparsityKey) -> ColoredP
         raise trace_error(function, error) from error
     if not any(is_inexact(leaf.array) for leaf in leaves):
         raise nothing_to_differentiate(resource)
+    results = sum(math.prod(leaf.array.shape) for leaf in leaves)
+    if results > _MOST_RESULTS:
+        raise ServiceError(
+            "SHAPE_MISMATCH",
+            f"{resource} has {results} results at inputs of these sizes, and at most "
+            f"{_MOST_RESULTS} are allowed. Pass smaller sizes.",
+            field="sizes",
+            results=results,
+        )
     if kind == "hessian":
         check_scalar(resource, leaves, "hessian", "Only a scalar function has one.")
     problems: dict[Direction, str | None] = {
