@@ -1,40 +1,34 @@
-"""Has the C library give large arrays back to the system as soon as they are freed.
+"""Has the C library keep fewer holes between what is in use.
 
-glibc learns from what is freed: after an array of 24 MB has gone, it takes those of up
-to 24 MB from its arenas, of which each thread may have one. There they leave holes, and
-the memory of a server rises for hours, though what it has in use is level. With a
-threshold that is set, it learns no more, and larger arrays are the system's again once
-they are freed.
+glibc gives threads arenas of their own, up to eight for each core. What large queries
+leave free in one of them is of no use to the others, so the memory of a server rises
+for long, though what it has in use is level. A threshold beyond which arrays are the
+system's again at once (M_MMAP_THRESHOLD) would hold it lower still, but makes large
+answers take twice as long, since each then gets its pages anew.
 """
 
 import ctypes
 import os
 from collections.abc import Mapping
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
-# Below, an array costs more to map than to find room for.
-_MAPPED_BYTES = 4 * 2**20
-_CHOSEN = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
-_TUNABLE = "glibc.malloc."
+_M_ARENA_MAX = -8  # <malloc.h>
+_ARENAS = 2
+_VARIABLE, _TUNABLE = "MALLOC_ARENA_MAX", "glibc.malloc.arena_max"
 
 
-def give_back(environment: Mapping[str, str] = os.environ) -> bool:
-    """Sets the threshold, unless whoever runs this has chosen one.
+def share_arenas(environment: Mapping[str, str] = os.environ) -> bool:
+    """Has all threads share few arenas, unless whoever runs this has chosen a number.
 
     Args:
         environment: The variables of this process.
 
     Returns:
-        Whether it is set; not where the C library knows of none.
+        Whether they will; not where the C library has none.
     """
-    if any(name in environment for name in _CHOSEN):
-        return False
-    if _TUNABLE in environment.get("GLIBC_TUNABLES", ""):
+    if _VARIABLE in environment or _TUNABLE in environment.get("GLIBC_TUNABLES", ""):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return False  # Of another C library.
-    # What is free at an end of an arena is kept up to twice that, as glibc would.
-    is_set = mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
-    return bool(is_set and mallopt(_M_TRIM_THRESHOLD, 2 * _MAPPED_BYTES))
+    return bool(mallopt(_M_ARENA_MAX, _ARENAS))

@@ -377,7 +377,7 @@ def _set_allocator(settings: "Config") -> None:
     """Says how memory is taken and given back; XLA looks when JAX is first used."""
     from jacserve_server import allocator, xla_threads
 
-    allocator.give_back()
+    allocator.share_arenas()
     xla_threads.spare()
     if settings.gpu_memory_fraction is not None:
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(settings.gpu_memory_fraction)

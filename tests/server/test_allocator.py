@@ -1,4 +1,4 @@
-"""Large arrays are the system's again once they are freed."""
+"""Threads share few arenas of the C library, unless somebody has chosen otherwise."""
 
 import ctypes
 import os
@@ -7,54 +7,58 @@ import sys
 
 import pytest
 
-MIB = 2**20
-# Frees 24 MiB, from which glibc would learn to take 8 MiB from an arena.
-LEARNS = f"""
-import ctypes
+# Each thread takes memory while all others do, and then the arenas are counted.
+COUNTS = """
+import ctypes, threading
 from jacserve_server import allocator
 
-class Info(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in (
-        "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-    ).split()]
-
 libc = ctypes.CDLL(None)
-libc.malloc.restype = ctypes.c_void_p
-libc.free.argtypes = [ctypes.c_void_p]
-libc.mallinfo2.restype = Info
-is_set = allocator.give_back()
-libc.free(libc.malloc({24 * MIB}))
-before = libc.mallinfo2().hblkhd
-libc.malloc({8 * MIB})
-print(is_set, libc.mallinfo2().hblkhd - before >= {8 * MIB})
+libc.fdopen.restype = ctypes.c_void_p
+libc.malloc_info.argtypes = [ctypes.c_int, ctypes.c_void_p]
+libc.fclose.argtypes = [ctypes.c_void_p]
+print(allocator.share_arenas(), flush=True)
+all_there = threading.Barrier(6)
+
+def take():
+    all_there.wait()
+    libc.malloc(100_000)
+    all_there.wait()
+
+threads = [threading.Thread(target=take) for _ in range(6)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+out = libc.fdopen(1, b"w")
+libc.malloc_info(0, out)
+libc.fclose(out)
 """
 
 
 @pytest.mark.skipif(
-    not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33"
+    not hasattr(ctypes.CDLL(None), "malloc_info"), reason="needs glibc's arenas"
 )
 @pytest.mark.parametrize(
-    ("chosen", "told"),
+    ("chosen", "is_set", "most"),
     [
-        ({}, "True True"),
-        # What it does by itself, and goes on doing where somebody has chosen.
-        ({"MALLOC_TRIM_THRESHOLD_": "131072"}, "False True"),
-        ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=8"}, "False False"),
+        ({}, "True", 2),
+        ({"MALLOC_ARENA_MAX": "5"}, "False", 5),
+        ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=3"}, "False", 3),
     ],
 )
-def test_memory_is_given_back_unless_somebody_chose(
-    chosen: dict[str, str], told: str
-) -> None:
+def test_threads_share_arenas(chosen: dict[str, str], is_set: str, most: int) -> None:
     inherited = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("MALLOC_", "GLIBC_"))
     }
     done = subprocess.run(
-        [sys.executable, "-c", LEARNS],
+        [sys.executable, "-c", COUNTS],
         env={**inherited, **chosen},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert done.stdout.strip() == told
+    told, _, info = done.stdout.partition("\n")
+    assert told == is_set
+    assert info.count("<heap nr=") == most

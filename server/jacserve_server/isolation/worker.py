@@ -311,7 +311,7 @@ def main() -> None:
     become_worker()
     _end_with(parent)
     _go_first()
-    allocator.give_back()
+    allocator.share_arenas()
     xla_threads.spare()
     faulthandler.enable()
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
