@@ -34,6 +34,7 @@ from jacserve.job_messages import decode_job
 from jacserve.results import ResultDecoder
 from jacserve.session import read_response
 from jacserve.v1 import jacobian_pb2 as pb, jobs_pb2
+from jacserve_server import tokens
 from jacserve_server.errors import ServiceError
 from jacserve_server.sessions import read_request
 from server_process import server_process
@@ -83,10 +84,13 @@ def test_decoders_take_or_refuse_messages_that_coverage_chose() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_server_answers_or_refuses_20000_messages(tmp_path: Path) -> None:
+    every = ("read", "compute", "jobs", "admin")
+    _, token = tokens.create(tmp_path / "tokens.json", "fuzz", every, None)
     settings = {
         "JACSERVE_DEVICE": "cpu",
         "JACSERVE_JOBS_DIR": str(tmp_path / "jobs"),
-        "JACSERVE_LOG_LEVEL": "warning",
+        "JACSERVE_TOKENS_FILE": str(tmp_path / "tokens.json"),
+        "JACSERVE_LOG_LEVEL": "error",
         # Few, so that what programs take is level soon.
         "JACSERVE_MAX_PROGRAMS": "16",
         "JACSERVE_MAX_PAYLOAD_BYTES": str(MIB),
@@ -96,20 +100,31 @@ def test_a_server_answers_or_refuses_20000_messages(tmp_path: Path) -> None:
     with server_process(registry, **settings) as served:
         process = psutil.Process(served.process.pid)
         memory: list[int] = []
-        with LiveFuzz(served.target, seed=1) as live:
+        with LiveFuzz(served.target, seed=1, token=token) as live:
             for _ in range(10):
                 live.evaluate(800)
                 live.session(600)
                 live.evaluate_stream(250)
                 live.create_jobs(50)
                 live.unary("JacobianService", seeds.function_calls(), 150)
+                live.unary("AdminService", seeds.admin_calls(), 150)
                 with live.a_job():
                     live.unary("JobService", seeds.job_calls(), 150)
                 memory.append(process.memory_info().rss)
                 assert served.process.poll() is None, served.errors()
             print(*sorted(live.told.items()), sep="\n")
         print([each // MIB for each in memory])
-        with jacserve.Client(served.target) as client:
+        with LiveFuzz(served.target, seed=2) as stranger:
+            stranger.evaluate(200)
+            stranger.session(200)
+            stranger.evaluate_stream(100)
+            stranger.create_jobs(50)
+            stranger.unary("JacobianService", seeds.function_calls(), 90)
+            stranger.unary("AdminService", seeds.admin_calls(), 90)
+            stranger.unary("JobService", seeds.job_calls(), 90)
+            assert {reason for _, reason in stranger.told} == {"TOKEN_INVALID"}
+            assert len(stranger.told) == 15, stranger.told
+        with jacserve.Client(served.target, token=token) as client:
             x = np.ones(3)
             np.testing.assert_array_equal(client.jacobian("five", x), 5 * np.eye(3))
         log = served.errors()

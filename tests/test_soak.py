@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from benchmarks.soak import closed_forms, functions
 from benchmarks.soak.__main__ import faults_in
 from benchmarks.soak.activities import check_complete
 from benchmarks.soak.closed_forms import WrongAnswerError
+from benchmarks.soak.roles import calls_in
 from benchmarks.soak.server import Absence, Sample, within
 from benchmarks.soak.verdict import MIB, Line, flat_lines, print_verdict
 from jacserve_server import serving
@@ -32,7 +35,7 @@ def test_a_minute_of_everything_at_once_holds() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-5_000:]
-    for activity in ("calls", "jobs", "sessions", "streams", "wrong answers", "lost"):
+    for activity in ("calls", "jobs", "isolated", "WORKER_DIED", "wrong answers"):
         assert activity in done.stdout
 
 
@@ -44,10 +47,15 @@ def samples(grown_bytes: int = 0, threads: int = 0, files: int = 0) -> list[Samp
             memory_bytes=500 * MIB + (second % 7) * MIB + second * grown_bytes,
             threads=60 + second * threads // 60,
             files=30 + second * files // 60,
-            processes=1,
         )
         for second in range(600)
     ]
+
+
+def test_a_worker_that_grows_is_noticed() -> None:
+    both = zip(samples(), samples(grown_bytes=MIB // 2), strict=True)
+    lines = flat_lines([replace(one, worker=other) for one, other in both])
+    assert [line.what for line in lines if not line.holds] == ["MiB of the worker"]
 
 
 def test_a_flat_server_is_flat() -> None:
@@ -55,7 +63,7 @@ def test_a_flat_server_is_flat() -> None:
 
 
 @pytest.mark.parametrize(
-    "growth", [{"grown_bytes": MIB // 4}, {"threads": 2}, {"files": 4}]
+    "growth", [{"grown_bytes": MIB // 8}, {"threads": 2}, {"files": 4}]
 )
 def test_a_server_that_grows_is_noticed(growth: dict[str, int]) -> None:
     assert [line.holds for line in flat_lines(samples(**growth))].count(False) == 1
@@ -86,10 +94,27 @@ def test_an_answer_of_another_point_is_noticed() -> None:
 
 
 def test_faults_are_found_in_a_log() -> None:
-    provoked = "2026-01-01 00:00:00,0 ERROR jax._src.callback: failed\nTraceback\n"
-    fault = "2026-01-01 00:00:01,0 ERROR asyncio: never retrieved\n  by whom\n"
-    warning = "2026-01-01 00:00:02,0 WARNING jacserve_server: slow\n"
-    assert faults_in(provoked + fault + warning) == [fault]
+    provoked = '{"level": "error", "logger": "jax._src.callback", "message": "failed"}'
+    failing = '{"level": "error", "message": "call", "reason": "EXECUTION_FAILED"}'
+    fault = '{"level": "error", "logger": "asyncio", "message": "never retrieved"}'
+    warning = '{"level": "warning", "logger": "jacserve_server", "message": "slow"}'
+    broken = "Exception ignored in: <function>"
+    lines = [provoked, failing, fault, warning, broken, "Fatal Python error: Segment"]
+    assert faults_in("\n".join(lines)) == [fault, broken]
+
+
+def test_calls_are_found_in_metrics() -> None:
+    with serving(functions.registry, metrics_port=0) as server:
+        with jacserve.Client(server.target) as client:
+            for _ in range(3):
+                client.value("witnessed", X)
+            with pytest.raises(jacserve.InvalidRequestError):
+                client.value("witnessed", X[:2])
+            client.value("cycle", X)
+        assert server.metrics_url is not None
+        with urllib.request.urlopen(server.metrics_url) as answer:
+            text = answer.read().decode()
+    assert calls_in(text, "witnessed@1") == {"OK": 3, "INVALID_ARGUMENT": 1}
 
 
 def test_an_absence_explains_what_fell_into_it() -> None:

@@ -1,7 +1,7 @@
 """Puts the soak together: `python -m benchmarks.soak`, or `make soak`."""
 
+import json
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -17,6 +17,8 @@ from rich.console import Console
 from benchmarks.fast_path.processes import ROOT
 from benchmarks.soak.activities import check_complete
 from benchmarks.soak.clients import Clients
+from benchmarks.soak.credentials import Credentials
+from benchmarks.soak.roles import WHAT_MUST_BE_SEEN, Roles
 from benchmarks.soak.server import Absence, Sample, SoakServer, within
 from benchmarks.soak.verdict import Line, flat_lines, print_verdict
 
@@ -55,14 +57,25 @@ def main(
     console = Console(width=None if sys.stdout.isatty() else 120)
     (ROOT / "build").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="jacserve-soak-", dir=ROOT / "build") as at:
-        with SoakServer(Path(at), chosen) as server:
-            with Clients(server.target, Path(at), clients) as running:
-                samples = _soak(server, running, seconds, restarts, console)
+        folder = Path(at)
+        credentials = Credentials(folder)
+        credentials.create("nobody", [])  # Without the file no server starts.
+        with SoakServer(folder, credentials, chosen) as server:
+            with (
+                Clients(server.targets, folder, credentials, clients) as running,
+                Roles(server.target, server.metrics_url, credentials) as roles,
+            ):
+                samples = _soak(server, running, roles, seconds, restarts, console)
                 faults = running.finish()
+                roles.finish()
             server.stop()
-            faults += server.faults
+            faults += server.faults + roles.faults
             faults += faults_in(server.log())
-    lines = [*_counts(running, server.absences), *flat_lines(samples)]
+    lines = [
+        *_counts(running, server.absences),
+        *_role_lines(roles),
+        *flat_lines(samples),
+    ]
     lines.append(Line("faults", str(len(faults)), "0", not faults))
     for text in (*faults, *_problems(running)):
         console.print(text, markup=False, highlight=False)
@@ -72,6 +85,7 @@ def main(
 def _soak(
     server: SoakServer,
     running: Clients,
+    roles: Roles,
     seconds: float,
     restarts: bool,
     console: Console,
@@ -85,7 +99,9 @@ def _soak(
     samples: list[Sample] = []
     while (now := time.monotonic() - start) < seconds:
         if restarts and now >= next_restart and now <= _RESTARTS_UNTIL * seconds + 1:
+            roles.server_goes()
             server.restart(signals[len(server.absences) % 2])
+            roles.server_is_back()
             next_restart += restart_s
             samples = []
         if now >= next_kill:
@@ -148,19 +164,35 @@ def _counts(running: Clients, absences: Sequence[Absence]) -> list[Line]:
     ]
 
 
-# What JAX says of a callback that raises, and gRPC of a client that has vanished.
+def _role_lines(roles: Roles) -> list[Line]:
+    """Says what the witness, the guest and the vandal have seen."""
+    return [
+        Line(what, f"{roles.done[what]:,}", "some", roles.done[what] > 0)
+        for what in WHAT_MUST_BE_SEEN
+    ]
+
+
+# What JAX says of a callback that raises; gRPC, of a client that has vanished; and the
+# server, of a function that fails or ends its worker, as some here do.
 _PROVOKED = ("jax._src.callback", "ExecuteBatchError raised in core")
-# Each entry of the log begins with the time.
-_ENTRY = re.compile(r"^(?=\d{4}-\d\d-\d\d )", re.MULTILINE)
+_PROVOKED_REASONS = {"EXECUTION_FAILED", "WORKER_DIED"}
 
 
 def faults_in(log: str) -> list[str]:
-    """Returns the entries of a server's log about faults that nobody has provoked."""
-    return [
-        entry
-        for entry in _ENTRY.split(log)
-        if " ERROR " in entry and not any(each in entry for each in _PROVOKED)
-    ]
+    """Returns the lines of a server's log about faults that nobody has provoked."""
+    return [line for line in log.splitlines() if _is_fault(line)]
+
+
+def _is_fault(line: str) -> bool:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError:
+        # Of the interpreter itself, which does not know of the log.
+        return line.startswith(("Traceback", "Exception ignored", "Task exception"))
+    if entry["level"] not in ("error", "critical"):
+        return False
+    is_known = any(each in line for each in _PROVOKED)
+    return not is_known and entry.get("reason") not in _PROVOKED_REASONS
 
 
 def _problems(running: Clients) -> list[str]:

@@ -57,6 +57,7 @@ class Activities:
             "calls": self.calls,
             "batches": self.batches,
             "streams": self.streams,
+            "isolated": self.isolated,
             "sessions": self.sessions,
             "maps": self.maps,
             "jobs": self.jobs,
@@ -102,6 +103,14 @@ class Activities:
                 ("cycle", ("value", "jacobian", "slogdet")),
                 ("cubes", ("gradient",)),
             )
+        )
+
+    def isolated(self) -> int:
+        """Asks a function whose worker others end meanwhile."""
+        names = ("value", "jacobian")
+        return sum(
+            self._ask("steady", self._points(*rows, 3), names)
+            for rows in ((), (), (64,), (300,), ())
         )
 
     def streams(self) -> int:

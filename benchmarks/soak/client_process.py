@@ -1,7 +1,8 @@
 """A client in a process of its own, which may be killed at any moment.
 
-Run as `python -m benchmarks.soak.client_process TARGET LEDGER SEED`. It does one
-activity after another until stdin ends, and writes a line of JSON about each.
+Run as `python -m benchmarks.soak.client_process TARGETS LEDGER SEED`, with its token
+and whom it trusts in the environment. It does one activity after another until stdin
+ends, and writes a line of JSON about each.
 """
 
 import json
@@ -32,7 +33,7 @@ def main() -> None:
     ).start()
     while not is_over.is_set():
         # A connection of its own for some activities, and then a new one.
-        with jacserve.Client(target) as client:
+        with jacserve.Client(target.split(",")) as client:
             activities = Activities(client, random, Path(ledger))
             names = random.permutation(list(activities.all))
             for name in [*names, *random.choice(names, _CALLS_A_CLIENT - len(names))]:

@@ -1,15 +1,18 @@
 """The clients of the soak: processes that are killed and replaced."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self
 
 from benchmarks.fast_path.processes import ROOT
+from benchmarks.soak.credentials import Credentials
 
 _ENDS_WITHIN_S = 180.0
 
@@ -22,15 +25,23 @@ class Clients(AbstractContextManager["Clients"]):
         kills: How many were killed.
     """
 
-    def __init__(self, target: str, folder: Path, count: int) -> None:
+    def __init__(
+        self, targets: Sequence[str], folder: Path, credentials: Credentials, count: int
+    ) -> None:
         """Starts them.
 
         Args:
-            target: The server.
+            targets: Where there may be a server.
             folder: For their ledgers.
+            credentials: For a token of each.
             count: How many.
         """
-        self._target = target
+        self._targets = targets
+        # Whoever comes in the place of one that was killed is the same to the server.
+        self._environments = [
+            {**os.environ, **credentials.environment(credentials.create(name)[1])}
+            for name in (f"client-{place}" for place in range(count))
+        ]
         self._folder = folder
         self._seeds = 0
         self.told: list[dict[str, Any]] = []
@@ -53,13 +64,15 @@ class Clients(AbstractContextManager["Clients"]):
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "benchmarks.soak.client_process"),
-                *(self._target, str(self._folder / f"ledger-{place}")),
+                ",".join(self._targets),
+                str(self._folder / f"ledger-{place}"),
                 str(self._seeds),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            env=self._environments[place],
         )
         reader = threading.Thread(target=self._read, args=(process,), daemon=True)
         reader.start()

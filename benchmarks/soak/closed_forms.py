@@ -67,6 +67,7 @@ BY_FUNCTION: Mapping[str, Forms] = {
     "cubes": CUBES,
     "scaled": SCALED,
     "stencil": STENCIL,
+    "steady": CYCLE,
 }
 
 

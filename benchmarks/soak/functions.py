@@ -1,5 +1,6 @@
 """What the soak calls: `closed_forms.py` knows the answers."""
 
+import ctypes
 import time
 
 import jax
@@ -10,6 +11,8 @@ from jaxtyping import Array, Float
 from jacserve_server import Registry
 
 registry = Registry()
+# In a process of their own, which not every test has to start.
+isolated = Registry()
 
 SLOW_S = 0.2
 
@@ -63,3 +66,32 @@ def _fail(x: np.ndarray) -> np.ndarray:
 def failing(x: Float[Array, "3"]) -> Float[Array, "3"]:
     """Fails while it runs."""
     return jax.pure_callback(_fail, x, x)
+
+
+@registry.function
+def witnessed(x: Float[Array, "3"]) -> Float[Array, "3"]:
+    """What the witness alone calls, so that it knows how often."""
+    return 3 * x
+
+
+@isolated.function(isolation="process")
+def steady(x: Float[Array, "3"]) -> Float[Array, "3"]:
+    """Shares a worker with one that ends it."""
+    return x * jnp.roll(x, -1)
+
+
+SEGFAULTS, NEVER_ENDS = -1.0, -2.0
+
+
+def _misbehave(x: np.ndarray) -> np.ndarray:
+    if np.ravel(x)[0] == SEGFAULTS:
+        ctypes.string_at(0)
+    while np.ravel(x)[0] == NEVER_ENDS:
+        time.sleep(1.0)
+    return np.asarray(x)
+
+
+@isolated.function(isolation="process", max_execute_s=2)
+def wild(x: Float[Array, "3"]) -> Float[Array, "3"]:
+    """Ends its worker at some points, and the patience of the server at others."""
+    return jax.pure_callback(_misbehave, x, x)

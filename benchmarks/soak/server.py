@@ -7,38 +7,41 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Self
 
 import psutil
 
 from benchmarks.fast_path.processes import ROOT, BenchmarkError
+from benchmarks.soak.credentials import Credentials
 
 FUNCTIONS = Path(__file__).with_name("functions.py")
 _STARTS_WITHIN_S = 120.0
 _STOPS_WITHIN_S = 60.0
+# A worker is young for so long: it imports JAX, and starts its threads.
+_GROWS_UP_S = 10.0
 _HOST = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What the server takes at a moment, with all of its processes.
+    """What the server takes at a moment.
 
     Attributes:
         at: When, by `time.monotonic`.
-        memory_bytes: Resident memory.
-        threads: Threads.
-        files: Open files, sockets among them.
-        processes: Processes.
+        memory_bytes: Its resident memory.
+        threads: Its threads.
+        files: Its open files, sockets among them.
+        worker: What its worker takes; None where that was started just now.
     """
 
     at: float
     memory_bytes: int
     threads: int
     files: int
-    processes: int
+    worker: "Sample | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,27 +64,42 @@ class SoakServer(AbstractContextManager["SoakServer"]):
 
     Attributes:
         target: Its address.
+        targets: That, and one where there never is a server.
+        metrics_url: Where it tells its metrics.
         absences: When it was away.
         faults: Where it did not do as it must.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, str]) -> None:
+    def __init__(
+        self, folder: Path, credentials: Credentials, settings: Mapping[str, str]
+    ) -> None:
         """Starts it.
 
         Args:
             folder: For its jobs and its cache.
+            credentials: Who may call.
             settings: Further settings, by name.
         """
-        self._folder = folder
-        self._port = _free_port()
+        self._port, metrics_port = _free_port(), _free_port()
+        # Nobody listens, and nobody else gets the port.
+        self._nobody = socket.socket()
+        self._nobody.bind((_HOST, 0))
         self.target = f"{_HOST}:{self._port}"
+        self.targets = (self.target, f"{_HOST}:{self._nobody.getsockname()[1]}")
+        self.metrics_url = f"http://{_HOST}:{metrics_port}/metrics"
+        every = {
+            "device": "cpu",
+            "jobs_dir": str(folder / "jobs"),
+            "cache_dir": str(folder / "cache"),
+            "metrics_port": str(metrics_port),
+            "log_level": "warning",
+            "log_format": "json",
+            **credentials.settings,
+            **settings,
+        }
         self._environment = {
             **os.environ,
-            "JACSERVE_DEVICE": "cpu",
-            "JACSERVE_JOBS_DIR": str(folder / "jobs"),
-            "JACSERVE_CACHE_DIR": str(folder / "cache"),
-            "JACSERVE_LOG_LEVEL": "warning",
-            **{f"JACSERVE_{name.upper()}": value for name, value in settings.items()},
+            **{f"JACSERVE_{name.upper()}": value for name, value in every.items()},
         }
         self._log: IO[str] = (folder / "server.log").open("w+")
         self.absences: list[Absence] = []
@@ -97,6 +115,7 @@ class SoakServer(AbstractContextManager["SoakServer"]):
         self._process.kill()
         self._process.communicate()
         self._log.close()
+        self._nobody.close()
 
     def restart(self, how: signal.Signals) -> None:
         """Ends it by a signal, and starts it again."""
@@ -129,17 +148,13 @@ class SoakServer(AbstractContextManager["SoakServer"]):
             )
             return None
         main = psutil.Process(self._process.pid)
-        every = [main, *main.children(recursive=True)]
-        memory = threads = files = 0
-        for process in every:
-            try:
-                with process.oneshot():
-                    memory += process.memory_info().rss
-                    threads += process.num_threads()
-                    files += process.num_fds()
-            except psutil.NoSuchProcess:
-                continue
-        return Sample(time.monotonic(), memory, threads, files, len(every))
+        own = _sampled(main)
+        if own is None:
+            return None
+        found = map(_sampled, filter(_is_grown, main.children(recursive=True)))
+        others = [each for each in found if each is not None]
+        worker = max(others, key=lambda each: each.memory_bytes, default=None)
+        return replace(own, worker=worker)
 
     def log(self) -> str:
         """Returns what every one of them has written to stderr."""
@@ -171,6 +186,25 @@ class SoakServer(AbstractContextManager["SoakServer"]):
 def within(at: float, absences: Sequence[Absence], slack_s: float) -> bool:
     """Tells whether there was no server at a moment, or it had just come back."""
     return any(each.start <= at <= each.stop + slack_s for each in absences)
+
+
+def _is_grown(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return time.time() - process.create_time() > _GROWS_UP_S
+    return False
+
+
+def _sampled(process: psutil.Process) -> Sample | None:
+    try:
+        with process.oneshot():
+            return Sample(
+                time.monotonic(),
+                process.memory_info().rss,
+                process.num_threads(),
+                process.num_fds(),
+            )
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return None
 
 
 def _free_port() -> int:

@@ -13,9 +13,12 @@ MIB = 2**20
 # Of the time since the server was last started, what counts as warming up.
 WARM_UP = 0.4
 # What the medians of the first and the last third after that may differ by.
-MOST_GROWTH_MIB = 48.0
+MOST_GROWTH_MIB = 24.0
 MOST_THREADS = 4
 MOST_FILES = 12
+# A worker lives for some seconds here, in which its pools of threads fill.
+MOST_WORKER_GROWTH_MIB = 48.0
+MOST_WORKER_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +39,30 @@ class Line:
 
 
 def flat_lines(samples: Sequence[Sample]) -> list[Line]:
-    """Judges whether what a server takes is flat.
+    """Judges whether what a server and its worker take is flat.
 
     Args:
         samples: Since it was last started.
 
     Returns:
-        A line for memory, one for threads and one for files.
+        A line for memory, one for threads and one for files, of each.
     """
     start, stop = samples[0].at, samples[-1].at
     warm = [s for s in samples if s.at >= start + WARM_UP * (stop - start)]
+    workers = [s.worker for s in warm if s.worker is not None]
+    lines = _flat("server", warm, MOST_GROWTH_MIB, MOST_THREADS)
+    if not workers:
+        return lines
+    growth = MOST_WORKER_GROWTH_MIB, MOST_WORKER_THREADS
+    return [*lines, *_flat("worker", workers, *growth)]
+
+
+def _flat(
+    whose: str, warm: Sequence[Sample], most_mib: float, most_threads: int
+) -> list[Line]:
     third = max(1, len(warm) // 3)
     first, last = warm[:third], warm[-third:]
-    minutes = np.array([s.at - start for s in warm]) / 60
+    minutes = np.array([s.at - warm[0].at for s in warm]) / 60
     memory = np.array([s.memory_bytes for s in warm]) / MIB
     slope = float(np.polyfit(minutes, memory, 1)[0]) if len(warm) > 1 else 0.0
 
@@ -59,17 +73,15 @@ def flat_lines(samples: Sequence[Sample]) -> list[Line]:
     def line(name: str, unit: str, scale: float, most: float, extra: str = "") -> Line:
         before, after = (each / scale for each in medians(name))
         return Line(
-            f"{unit} of the server",
+            f"{unit} of the {whose}",
             f"{before:,.0f} then {after:,.0f}{extra}",
             f"at most {most:.0f} more",
             after - before <= most,
         )
 
     return [
-        line(
-            "memory_bytes", "MiB", MIB, MOST_GROWTH_MIB, f" ({slope:+.1f} MiB a minute)"
-        ),
-        line("threads", "threads", 1, MOST_THREADS),
+        line("memory_bytes", "MiB", MIB, most_mib, f" ({slope:+.1f} MiB a minute)"),
+        line("threads", "threads", 1, most_threads),
         line("files", "open files", 1, MOST_FILES),
     ]
 

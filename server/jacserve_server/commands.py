@@ -375,9 +375,10 @@ def _settings(path: Path | None, **arguments: Any) -> "Config":
 
 
 def _set_allocator(settings: "Config") -> None:
-    """Tells XLA how to take a GPU's memory; it looks when JAX is first used."""
-    from jacserve_server import xla_threads
+    """Says how memory is taken and given back; XLA looks when JAX is first used."""
+    from jacserve_server import allocator, xla_threads
 
+    allocator.share_arenas()
     xla_threads.spare()
     if settings.gpu_memory_fraction is not None:
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(settings.gpu_memory_fraction)

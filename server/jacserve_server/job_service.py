@@ -59,6 +59,10 @@ class JobService:
             return self._desk
         if self._opening is None:
             self._opening = asyncio.create_task(self._open())
+            # All who ask may leave: the loop would complain that it has failed.
+            self._opening.add_done_callback(
+                lambda done: done.cancelled() or done.exception()
+            )
         # Whoever has asked first may leave: the desk is everybody's.
         return await asyncio.shield(self._opening)
 

@@ -30,6 +30,26 @@ _PATIENCE_S = 60.0
 _A_SESSION = 20
 
 
+class _Bearer(
+    grpc.UnaryUnaryClientInterceptor,
+    grpc.UnaryStreamClientInterceptor,
+    grpc.StreamUnaryClientInterceptor,
+    grpc.StreamStreamClientInterceptor,
+):
+    """Has each call bear a token, or none where that is empty."""
+
+    def __init__(self, token: str) -> None:
+        self._metadata = [("authorization", f"Bearer {token}")] if token else None
+
+    def _bear(self, call: Any, details: Any, request: Any) -> Any:
+        return call(details._replace(metadata=self._metadata), request)
+
+    intercept_unary_unary: Any = _bear
+    intercept_unary_stream: Any = _bear
+    intercept_stream_unary: Any = _bear
+    intercept_stream_stream: Any = _bear
+
+
 class LiveFuzz(AbstractContextManager["LiveFuzz"]):
     """A connection over which messages go that nobody should send.
 
@@ -37,19 +57,20 @@ class LiveFuzz(AbstractContextManager["LiveFuzz"]):
         told: How often each RPC has answered, and with which reason it has refused.
     """
 
-    def __init__(self, target: str, seed: int) -> None:
+    def __init__(self, target: str, seed: int, token: str = "") -> None:
         self.told: Counter[tuple[str, str]] = Counter()
         self._random = Random(seed)
         # Else it would share the connection of any client in this process.
         options = [("grpc.use_local_subchannel_pool", 1)]
-        self._channel = grpc.insecure_channel(target, options=options)
+        self._plain = grpc.insecure_channel(target, options=options)
+        self._channel = grpc.intercept_channel(self._plain, _Bearer(token))
         self._others = [*seeds.queries(), *seeds.jobs(), *seeds.session_requests()]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._channel.close()
+        self._plain.close()
 
     def _drawn(self, pool: list[bytes], count: int) -> Iterator[bytes]:
         """Yields messages, now and then one that is right."""

@@ -12,7 +12,7 @@ from fuzzing.wire import packed
 from jacserve import tensors
 from jacserve.queries import EvaluateOptions, QueryEncoder
 from jacserve.streaming import head_part, parts, pieces
-from jacserve.v1 import jacobian_pb2 as pb, jobs_pb2
+from jacserve.v1 import admin_pb2, jacobian_pb2 as pb, jobs_pb2
 from jacserve.vocabulary import QUANTITIES
 
 X = np.array([1.0, 2.0, 3.0])
@@ -167,6 +167,17 @@ def function_calls() -> dict[str, list[bytes]]:
             for name in ("triple", "functions/triple@2", "nobody", "a@b@c")
         ],
         "GetSparsity": sparsity_requests(),
+    }
+
+
+def admin_calls() -> dict[str, list[bytes]]:
+    """Requests of those who run the server, by name."""
+    return {
+        "GetStatus": [b"", admin_pb2.GetStatusRequest().SerializeToString()],
+        "ReleaseFunction": [
+            admin_pb2.ReleaseFunctionRequest(name=name).SerializeToString()
+            for name in ("triple", "functions/triple@2", "nobody", "a@b@c", "")
+        ],
     }
 
 

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from jacserve.tensors import Array
-from jacserve_server import compile_cache, xla_threads
+from jacserve_server import allocator, compile_cache, xla_threads
 from jacserve_server.errors import ServiceError
 from jacserve_server.executor import (
     DeviceError,
@@ -311,6 +311,7 @@ def main() -> None:
     become_worker()
     _end_with(parent)
     _go_first()
+    allocator.share_arenas()
     xla_threads.spare()
     faulthandler.enable()
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")

@@ -29,11 +29,11 @@ async def in_thread(pool: Executor, call: Callable[..., T], /, *arguments: Any) 
     """
     loop = asyncio.get_running_loop()
     running = loop.run_in_executor(pool, call, *arguments)
+    # Whoever waits may leave, and leave again: the loop would complain of its failure.
+    running.add_done_callback(lambda done: done.cancelled() or done.exception())
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
         # Whoever comes next must not find it still writing.
         await asyncio.wait([running])
-        if not running.cancelled():
-            running.exception()  # Nobody waits for it, and the loop would complain.
         raise
