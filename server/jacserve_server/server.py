@@ -29,6 +29,7 @@ from jacserve_server import (
     probes,
     xla_threads,
 )
+from jacserve_server.access import OpenGate
 from jacserve_server.admin_service import AdminService
 from jacserve_server.batches import bucket_for
 from jacserve_server.calls import Boundary, Observer
