@@ -32,6 +32,8 @@ def client(server: RunningServer) -> Iterator[jacserve.Client]:
 COMBINATIONS = {
     "test_agreement.py",
     "test_bad_vectors.py",
+    "test_checking.py",
+    "test_jobs.py",
     "test_laws.py",
     "test_products.py",
     "test_sources.py",
@@ -40,12 +42,12 @@ COMBINATIONS = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves two of three combinations to the slow tests."""
+    """Leaves four of five combinations to the slow tests."""
     combined = [
         item
         for item in items
         if item.path.name in COMBINATIONS and hasattr(item, "callspec")
     ]
     for place, item in enumerate(combined):
-        if place % 3:
+        if place % 5:
             item.add_marker(pytest.mark.slow)

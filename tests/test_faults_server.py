@@ -120,6 +120,7 @@ def test_while_it_computes(home, client) -> None:
         )
 
 
+@pytest.mark.slow
 def test_in_the_middle_of_a_query(home, client) -> None:
     ask = QueryEncoder().encode("square", np.ones(2 * PIECE_BYTES // 8), "value", {})
     half_way, killed = threading.Event(), threading.Event()
@@ -143,6 +144,7 @@ def test_in_the_middle_of_a_query(home, client) -> None:
     recover(home, client)
 
 
+@pytest.mark.slow
 def test_in_the_middle_of_an_answer(home, client) -> None:
     ask = QueryEncoder().encode("square", np.ones(2**24 // 8), "value", {})
     with grpc.insecure_channel(home.server.target) as channel:
@@ -155,6 +157,7 @@ def test_in_the_middle_of_an_answer(home, client) -> None:
     recover(home, client)
 
 
+@pytest.mark.slow
 def test_in_the_middle_of_a_map(home, client) -> None:
     def batches() -> Iterator[np.ndarray]:
         for place in range(100):

@@ -422,6 +422,7 @@ def stuck(x: Float[Array, ""]) -> Float[Array, ""]:
 """
 
 
+@pytest.mark.slow
 def test_no_process_is_left_behind() -> None:
     environment = {"JACSERVE_MAX_EXECUTE_S": "1000", "JACSERVE_DEVICE": "cpu"}
     with server_process(FUNCTIONS, "--isolation", "process", **environment) as server:

@@ -47,6 +47,7 @@ def check_result(calls: JobCalls, job_id: str, jacobians: np.ndarray) -> None:
     np.testing.assert_allclose(found, jacobians, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_a_job_waits_for_a_full_disk(home):
     server = home.start()
     x, row = points(20, 512, 1)

@@ -185,6 +185,7 @@ def rippled(x: Float[Array, "8"]) -> Float[Array, "8"]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("threads", "quantities"),
     [("2", ("slogdet",)), ("10", ("slogdet", "newton_step", "singular_values"))],

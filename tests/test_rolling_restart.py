@@ -192,6 +192,7 @@ def restarted(folder: Path, rounds: int) -> Callers:
     return callers
 
 
+@pytest.mark.slow
 def test_a_rolling_restart_fails_no_call(tmp_path: Path) -> None:
     callers = restarted(tmp_path, rounds=1)
     assert callers.failures == []

@@ -749,6 +749,7 @@ def kill_and_measure(
     return sizes
 
 
+@pytest.mark.slow
 def test_clients_that_go_away_leave_nothing_behind(monkeypatch) -> None:
     sizes = kill_and_measure(20, 1, monkeypatch)
     print("MiB:", sizes)

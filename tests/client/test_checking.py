@@ -199,6 +199,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_command_passes_right_functions() -> None:
     file = Path(__file__).parents[2] / "examples" / "functions.py"
     done = run(file, "-f", "spherical", "-f", "circle_and_parabola", "--points", 1)

@@ -62,6 +62,7 @@ def jacserve(target: str, tmp_path: Path):
     return run
 
 
+@pytest.mark.slow
 def test_describe_sparsity(jacserve, tmp_path: Path) -> None:
     options = ("--sparsity", "--size", "n=12", "--hessian", "--picture", "h.png")
     shown = jacserve("describe", "rosenbrock", *options).stdout

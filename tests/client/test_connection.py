@@ -265,6 +265,7 @@ def test_tls(secure: str, pem: bytes, tmp_path: Path, monkeypatch) -> None:
     asyncio.run(call())
 
 
+@pytest.mark.slow
 def test_what_tls_fails_of_is_said(
     server: RunningServer, secure: str, pem: bytes
 ) -> None:

@@ -184,6 +184,7 @@ def top(*arguments: object) -> Generator[tuple[subprocess.Popen[str], Iterator[s
         process.communicate()
 
 
+@pytest.mark.slow
 def test_in_a_pipe_it_sees_a_server_go_and_come_back() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -75,6 +75,7 @@ def test_a_folder_that_others_can_write_to_is_not_used(
     assert not list(folder.iterdir())
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_where_nothing_may_be(
     functions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,7 @@ def test_it_computes_all_points_of_a_file(folder: Path) -> None:
     assert (status, "is there already" in errors) == (2, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "end", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
 )
