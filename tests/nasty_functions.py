@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jacserve_server import Registry, WarmUp
+from jacserve_server import Registry
 
 registry = Registry()
 # Without any that is warmed up.
@@ -158,13 +158,3 @@ def gentle(x: Float[Array, "n"]) -> Float[Array, "n"]:
 @registry.function
 def large(x: Float[Array, "n"]) -> Float[Array, "n"]:
     return x * 2.0
-
-
-@registry.function(warm_up=[WarmUp({"n": 64}, batch=16, quantities=("jacobian",))])
-def coalescing(x: Float[Array, "n"]) -> Float[Array, "n"]:
-    """Is worth to be computed for many points together."""
-
-    def step(y: Array, _: None) -> tuple[Array, None]:
-        return jnp.tanh(y @ jnp.ones((64, 64), y.dtype)) + x, None
-
-    return jax.lax.scan(step, x, None, length=30)[0]

@@ -118,7 +118,7 @@ def test_a_job_goes_on_with_less_memory(batch_size: int | None) -> None:
         jacserve.Client(server.target, timeout_s=100) as client,
     ):
         client.value("waves", points[:2])
-        with left_with(server.process.pid, 700 * 2**20):
+        with left_with(server.process.pid, 1000 * 2**20):
             job = client.submit_job(
                 "waves", points, quantities=["value"], batch_size=batch_size
             )

@@ -6,6 +6,7 @@ is refilled with time.
 """
 
 import asyncio
+import queue
 import re
 import threading
 import time
@@ -92,6 +93,9 @@ class _Waiting:
     is_queued: bool = True
 
 
+_Call = tuple[_Waiting, asyncio.AbstractEventLoop]
+
+
 class CompileTurns:
     """Runs what traces and compiles, in threads. Used from one event loop."""
 
@@ -110,8 +114,11 @@ class CompileTurns:
                 for any.
             clock: The time, in seconds.
         """
-        self._free = threads
+        self._most = self._free = threads
         self._is_closed = False
+        # They are kept: where memory is short, another could not be started.
+        self._threads = 0
+        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._budgets = _Budgets(budget_s, clock)
         self._queue: FairQueue[_Waiting] = FairQueue()
         self._counts: Counter[str] = Counter()
@@ -152,6 +159,8 @@ class CompileTurns:
         self._is_closed = True
         for waiting in list(self._queue.rounds()):
             waiting.future.cancel()
+        for _ in range(self._threads):
+            self._calls.put(None)
 
     def _begin(self) -> None:
         while self._free and (waiting := next(self._queue.heads(), None)):
@@ -160,30 +169,43 @@ class CompileTurns:
                 waiting.future.cancel()
             elif waiting.future.set_running_or_notify_cancel():
                 self._free -= 1
-                loop = asyncio.get_running_loop()
-                # A thread for each, which takes far less than what it does. What never
-                # ends can't be stopped, and must not keep the process.
-                threading.Thread(
-                    target=self._work, args=(waiting, loop), name="compile", daemon=True
-                ).start()
+                if self._threads < self._most - self._free:
+                    self._start_thread()
+                self._calls.put((waiting, asyncio.get_running_loop()))
 
-    def _work(self, waiting: _Waiting, loop: asyncio.AbstractEventLoop) -> None:
-        start = time.monotonic()
-        result, error = None, None
+    def _start_thread(self) -> None:
+        # What never ends can't be stopped, and must not keep the process.
+        thread = threading.Thread(target=self._work, name="compile", daemon=True)
         try:
-            result = waiting.call()
-        except BaseException as raised:
-            error = raised
-        seconds = time.monotonic() - start
-        try:
-            # Before who waits is told, so that what it asks next knows of it.
-            loop.call_soon_threadsafe(self._end, waiting.owner, seconds)
+            thread.start()
         except RuntimeError:
-            return  # The loop is closed: nobody waits any more.
-        if error is None:
-            waiting.future.set_result(result)
+            # There is no memory for it. The others do its work, if there are others.
+            if not self._threads:
+                raise
         else:
-            waiting.future.set_exception(error)
+            self._threads += 1
+
+    def _work(self) -> None:
+        while (entry := self._calls.get()) is not None:
+            waiting, loop = entry
+            start = time.monotonic()
+            result, error = None, None
+            try:
+                result = waiting.call()
+            except BaseException as raised:
+                error = raised
+            seconds = time.monotonic() - start
+            try:
+                # Before who waits is told, so that what it asks next knows of it.
+                loop.call_soon_threadsafe(self._end, waiting.owner, seconds)
+            except RuntimeError:
+                return  # The loop is closed: nobody waits any more.
+            if error is None:
+                waiting.future.set_result(result)
+            else:
+                waiting.future.set_exception(error)
+            # Not kept while it waits: a program may be large.
+            del entry, waiting, loop, result, error
 
     def _end(self, owner: str, seconds: float) -> None:
         self._free += 1
