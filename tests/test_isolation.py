@@ -7,7 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -18,6 +19,9 @@ import pytest
 import jacserve
 import nasty_functions
 import zoo
+from guarded import Tokens
+from jacserve.errors import JacobianError
+from jacserve.vocabulary import Quantity
 from jacserve_server import Registry, RunningServer, serving
 from jacserve_server.registry import RegistrationError
 from job_calls import FAILED, JobCalls, points, reason_of
@@ -60,6 +64,258 @@ def isolated(*registries: Registry, **settings: object):
         "isolation": "process", "max_execute_s": EXECUTE_S, "max_compile_s": COMPILE_S,
     }  # fmt: skip
     return serving(*registries, **{**defaults, **settings})
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[jacserve.Client]:
+    """A client of a server that isolates all functions; each test spoils its own."""
+    with isolated(nasty_functions.registry) as server:
+        with jacserve.Client(server.target) as connected:
+            yield connected
+
+
+def failure(call: Callable[[], object]) -> JacobianError:
+    with pytest.raises(JacobianError) as caught:
+        call()
+    return caught.value
+
+
+def worker_of(client: jacserve.Client, name: str = "pid") -> int:
+    return int(client.value(name, 1.0))
+
+
+def test_what_ends_its_process_fails_alone_and_is_quarantined_at_the_second_time(
+    client: jacserve.Client,
+) -> None:
+    expected = client.jacobian("gentle", GOOD)
+    before = worker_of(client)
+    assert before != os.getpid()
+    with ThreadPoolExecutor(8) as pool:
+        stop = threading.Event()
+
+        def ask() -> list[np.ndarray]:
+            found = []
+            while not stop.is_set():
+                found.append(client.jacobian("gentle", GOOD, timeout_s=SOON_S))
+            return found
+
+        asking = [pool.submit(ask) for _ in range(4)]
+        first = failure(lambda: client.value("segfault", BAD))
+        assert client.describe("segfault").quarantine_reason == ""
+        second = failure(lambda: client.value("segfault", BAD))
+        stop.set()
+        answers = [each for asked in asking for each in asked.result()]
+    assert first.reason == second.reason == "WORKER_DIED"
+    assert "which was killed by SIGSEGV" in str(first)
+    assert worker_of(client) != before
+    assert len(answers) > 4
+    for each in answers:
+        np.testing.assert_array_equal(each, expected)
+    refused = failure(lambda: client.value("segfault", GOOD))
+    assert refused.reason == "FUNCTION_QUARANTINED"
+    info = client.describe("segfault")
+    assert "2 times: its process was killed by SIGSEGV at 2" in info.quarantine_reason
+    assert info.quarantine_reason in str(refused)
+    assert info.isolation == "process"
+    assert client.describe("gentle").quarantine_reason == ""
+
+
+@pytest.mark.slow
+def test_an_administrator_sees_what_died_and_releases_it(tmp_path: Path) -> None:
+    tokens = Tokens(tmp_path)
+    users, admins = tokens.make("u", "read", "compute"), tokens.make("a", "admin")
+    settings = {"tokens_file": tokens.path, "metrics_port": 0}
+
+    def metric(line: str) -> bool:
+        with urllib.request.urlopen(server.metrics_url, timeout=30) as response:
+            return f"\n{line}\n" in response.read().decode()
+
+    quarantined = 'jacserve_quarantined{function="mortal@1"} 1.0'
+    with (
+        isolated(nasty_functions.mortal, **settings) as server,
+        jacserve.Client(server.target, token=users, timeout_s=SOON_S) as user,
+        jacserve.Client(server.target, token=admins) as admin,
+    ):
+        [first] = admin.status().workers
+        assert (first.start_count, first.last_failure) == (1, "")
+        assert is_running(first.process_id or 0)
+        for _ in range(2):
+            assert failure(lambda: user.value("mortal", BAD)).reason == "WORKER_DIED"
+        until(lambda: admin.status().workers[0].process_id)
+        [later] = admin.status().workers
+        assert (later.device, later.start_count) == (first.device, 3)
+        assert later.process_id != first.process_id
+        assert later.last_failure == "mortal@1: its process was killed by SIGKILL"
+        assert metric(quarantined)
+        labels = f'cause="died",device="{first.device}"'
+        assert metric(f"jacserve_worker_restarts_total{{{labels}}} 2.0")
+        refused = failure(lambda: user.value("mortal", GOOD))
+        assert refused.reason == "FUNCTION_QUARANTINED"
+        # Neither who computes nor another's name releases it.
+        assert failure(lambda: user.release("mortal")).reason == "SCOPE_MISSING"
+        assert failure(lambda: admin.release("other")).reason == "FUNCTION_NOT_FOUND"
+        admin.release("immortal")
+        assert failure(lambda: user.value("mortal", GOOD)).reason == refused.reason
+        assert admin.release("mortal").quarantine_reason == ""
+        np.testing.assert_array_equal(user.value("mortal", GOOD), GOOD)
+        assert not metric(quarantined)
+        # It starts anew: one more death is the first.
+        assert failure(lambda: user.value("mortal", BAD)).reason == "WORKER_DIED"
+        np.testing.assert_array_equal(user.value("mortal", GOOD), GOOD)
+        assert user.jacobian("immortal", GOOD).shape == (3, 3)
+
+
+def test_what_does_not_end_is_ended_after_its_budget(client: jacserve.Client) -> None:
+    expected = client.jacobian("gentle", GOOD)
+    client.value("endless", GOOD)
+    client.value("hasty", GOOD)
+    with ThreadPoolExecutor(1) as pool:
+        start = time.monotonic()
+        guilty = pool.submit(failure, lambda: client.value("endless", np.nan * GOOD))
+        assert np.array_equal(client.jacobian("gentle", GOOD), expected)
+        assert time.monotonic() - start < EXECUTE_S  # Beside it.
+        error = guilty.result()
+        assert EXECUTE_S <= time.monotonic() - start < EXECUTE_S + 5
+    assert error.reason == "TIME_BUDGET_SPENT"
+    assert isinstance(error, TimeoutError)
+    assert "ran for 2.0 s, but may take 2 s" in str(error)
+    np.testing.assert_array_equal(client.jacobian("gentle", GOOD), expected)
+    assert time.monotonic() - start < EXECUTE_S + SOON_S
+    own = failure(lambda: client.value("hasty", np.nan * GOOD))
+    assert "may take 1 s" in str(own)
+
+
+@pytest.mark.slow
+def test_tracing_that_does_not_end_is_ended_too() -> None:
+    with isolated(nasty_functions.registry, max_compile_s=10) as server:
+        with jacserve.Client(server.target) as client, ThreadPoolExecutor(2) as pool:
+            expected = client.value("untraceable", GOOD)
+            points = np.ones(nasty_functions.ENDLESS)
+            guilty = pool.submit(failure, lambda: client.value("untraceable", points))
+            exiting = failure(lambda: client.value("exiting", points))
+            assert exiting.reason == "TRACE_FAILED"
+            error = guilty.result()
+            assert error.reason == "TIME_BUDGET_SPENT"
+            assert "was compiled for 10.0 s, but may take 10 s" in str(error)
+            np.testing.assert_array_equal(client.value("untraceable", GOOD), expected)
+
+
+@pytest.mark.slow
+def test_what_a_worker_says_is_not_believed(client: jacserve.Client) -> None:
+    client.value("gentle", GOOD)
+    error = failure(lambda: client.value("mad", BAD))
+    assert error.reason == "WORKER_DIED"
+    assert "spoke nonsense: ChannelError" in str(error)
+    np.testing.assert_array_equal(client.value("gentle", GOOD), np.sin(GOOD) * GOOD)
+
+
+def test_ordinary_failures_cost_no_worker(client: jacserve.Client) -> None:
+    before = worker_of(client)
+    for name, words in (("hog", "MemoryError"), ("raising", "the pump is dry")):
+        error = failure(lambda name=name: client.value(name, BAD))
+        assert error.reason == "EXECUTION_FAILED"
+        assert words in str(error)
+    assert worker_of(client) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["leave", "suicide"])
+def test_the_guilty_is_found_among_several(client: jacserve.Client, name: str) -> None:
+    client.value(name, GOOD)
+    client.value("asleep", GOOD)
+    with ThreadPoolExecutor(2) as pool:
+        # Without an end of its own it is over its budget, but at the second time only.
+        other = pool.submit(failure, lambda: client.value("asleep", BAD))
+        time.sleep(0.3)
+        error = failure(lambda: client.value(name, BAD))
+        assert error.reason == "WORKER_DIED"
+        assert name in str(error)
+        assert other.result().reason == "TIME_BUDGET_SPENT"
+
+
+AGREEING = ("spherical",)
+FEW: tuple[tuple[Quantity, ...], ...] = (("value", "jacobian"),)
+QUANTITIES: tuple[tuple[Quantity, ...], ...] = (
+    ("value", "jacobian"),
+    ("value", "slogdet", "newton_step"),
+    ("gradient", "hessian"),
+    ("singular_values",),
+)
+
+
+def check_agreement(
+    ours: jacserve.Client,
+    theirs: jacserve.Client,
+    animals: list[zoo.Animal],
+    quantities: tuple[tuple[Quantity, ...], ...] = QUANTITIES,
+) -> int:
+    """Compares all answers bit for bit; returns how many there were."""
+    count = 0
+    for animal in animals:
+        random = np.random.default_rng(0)
+        single = animal.sample(random)
+        rows = [animal.sample(random) for _ in range(3)]
+        batch = tuple(map(np.stack, zip(*rows, strict=True)))
+        for inputs in (single, batch):
+            for dtype in animal.dtypes:
+                given = tuple(
+                    x.astype(dtype) if x.dtype.kind in "fc" else x
+                    for x in map(np.asarray, inputs)
+                )
+                for some in quantities:
+                    for layout in ("matrix", "blocks"):
+                        count += check_answer(
+                            ours, theirs, animal.name, given, some, layout
+                        )
+    return count
+
+
+def check_answer(ours, theirs, name, inputs, quantities, layout) -> bool:
+    def ask(client: jacserve.Client):
+        try:
+            return client.evaluate(name, inputs, quantities=quantities, layout=layout)
+        except JacobianError as error:
+            return str(error)
+
+    expected, found = ask(ours), ask(theirs)
+    if isinstance(expected, str):
+        assert found == expected
+        return False
+    assert not isinstance(found, str), found
+    for quantity in quantities:
+        ours_, theirs_ = getattr(expected, quantity), getattr(found, quantity)
+        for one, other in zip(leaves(ours_), leaves(theirs_), strict=True):
+            assert one.dtype == other.dtype
+            np.testing.assert_array_equal(one, other)
+    assert (found.mode, found.device, found.bucket, found.finite) == (
+        expected.mode, expected.device, expected.bucket, expected.finite,
+    )  # fmt: skip
+    return True
+
+
+def leaves(tree: object) -> list[np.ndarray]:
+    if isinstance(tree, dict):
+        return [leaf for each in tree.values() for leaf in leaves(each)]
+    if isinstance(tree, tuple | list):
+        return [leaf for each in tree for leaf in leaves(each)]
+    return [np.asarray(tree)]
+
+
+def test_answers_are_those_of_the_server_itself(server: RunningServer) -> None:
+    animals = [each for each in zoo.ZOO if each.name in AGREEING]
+    with isolated(zoo.registry, max_execute_s=60) as running:
+        with jacserve.Client(running.target) as theirs:
+            with jacserve.Client(server.target) as ours:
+                assert check_agreement(ours, theirs, animals, FEW) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_all_answers_are_those_of_the_server_itself(server: RunningServer) -> None:
+    with isolated(zoo.registry, max_execute_s=60) as running:
+        with jacserve.Client(running.target) as theirs:
+            with jacserve.Client(server.target) as ours:
+                assert check_agreement(ours, theirs, zoo.ZOO) > 400
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """A minute of everything at once; and that the soak would notice what is wrong."""
 
+import subprocess
+import sys
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,21 @@ from jacserve_server import serving
 
 ROOT = Path(__file__).parents[1]
 X = np.array([1.0, 2.0, 3.0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_minute_of_everything_at_once_holds() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.soak", "--seconds", "60"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-5_000:]
+    for activity in ("calls", "jobs", "isolated", "WORKER_DIED", "wrong answers"):
+        assert activity in done.stdout
 
 
 def samples(grown_bytes: int = 0, threads: int = 0, files: int = 0) -> list[Sample]:
