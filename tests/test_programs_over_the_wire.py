@@ -1,5 +1,6 @@
 """When programs are compiled, kept and shared, as callers see it."""
 
+import gc
 import threading
 import time
 from collections import Counter
@@ -9,6 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import JaxprEqn
 from jaxtyping import Array, Float
 
 import jacserve
@@ -206,3 +208,16 @@ def test_factorisations_of_several_callers_do_not_wait_for_each_other(
             return client.evaluate("rippled", points, quantities=quantities).finite
 
         assert all(pool.map(ask, range(24)))
+
+
+def test_nothing_is_kept_of_programs_that_are_not_kept(client: jacserve.Client) -> None:
+    """JAX by itself keeps the traces of thousands."""
+
+    def traces_kept(sizes: range) -> int:
+        for size in sizes:
+            client.jacobian("counted", np.ones(size))
+        gc.collect()
+        return sum(isinstance(each, JaxprEqn) for each in gc.get_objects())
+
+    most = max(traces_kept(range(n, n + 4)) for n in (50, 54, 58))
+    assert traces_kept(range(62, 102)) <= most

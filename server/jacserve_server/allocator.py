@@ -9,10 +9,13 @@ answers take twice as long, since each then gets its pages anew.
 
 import ctypes
 import os
+import threading
+import time
 from collections.abc import Mapping
 
 _M_ARENA_MAX = -8  # <malloc.h>
 _ARENAS = 2
+_TRIM_S = 30.0
 _VARIABLE, _TUNABLE = "MALLOC_ARENA_MAX", "glibc.malloc.arena_max"
 
 
@@ -32,3 +35,25 @@ def share_arenas(environment: Mapping[str, str] = os.environ) -> bool:
     except (AttributeError, OSError):
         return False  # Of another C library.
     return bool(mallopt(_M_ARENA_MAX, _ARENAS))
+
+
+def trim_for_ever(every_s: float = _TRIM_S) -> None:
+    """Has whole pages that are free given back to the system, in a thread of its own.
+
+    By itself glibc gives back only what is free at the end of an arena, and something
+    small is always in use behind what a burst of calls has left.
+
+    Args:
+        every_s: Seconds from one time to the next.
+    """
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError):
+        return  # Of another C library.
+
+    def work() -> None:
+        while True:
+            time.sleep(every_s)
+            trim(0)
+
+    threading.Thread(target=work, name="jacserve-trim", daemon=True).start()

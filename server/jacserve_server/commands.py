@@ -379,6 +379,7 @@ def _set_allocator(settings: "Config") -> None:
     from jacserve_server import allocator, xla_threads
 
     allocator.share_arenas()
+    allocator.trim_for_ever()
     xla_threads.spare()
     if settings.gpu_memory_fraction is not None:
         os.environ["XLA_CLIENT_MEM_FRACTION"] = str(settings.gpu_memory_fraction)

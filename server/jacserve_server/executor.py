@@ -246,6 +246,7 @@ class Executor:
         self._max_programs = max_programs
         self._making = threading.Lock()
         self._compile_s = 0.0
+        self._made_count = 0
         self.places = 1 + len(others)
         self._others = others
         self._replicas = Replicas[Program](
@@ -299,10 +300,7 @@ class Executor:
         function, owner = self._find(key.computation.function), owner_of(client)
         deciding = partial(self._make, self._decide, function, key)
         decided, decision = await self._decisions.get(key, deciding, owner)
-        device, limits = self._device, self._limits
-        compiling = partial(
-            self._make, compile_program, function, key, decision, device, limits
-        )
+        compiling = partial(self._make, self._compile, function, key, decision)
         return await self._programs.get(decided, compiling, owner)
 
     async def fingerprint(self, key: ProgramKey, client: str = "") -> str:
@@ -422,6 +420,25 @@ class Executor:
         finally:
             with self._making:
                 self._compile_s += time.monotonic() - start
+
+    def _compile(
+        self, function: RegisteredFunction, key: ProgramKey, decision: Decision
+    ) -> Program:
+        try:
+            return compile_program(function, key, decision, self._device, self._limits)
+        finally:
+            self._remember_less()
+
+    def _remember_less(self) -> None:
+        """Empties JAX's own caches, each time as many programs were made as are kept.
+
+        They keep the traces of thousands of programs, long after these are gone.
+        """
+        with self._making:
+            self._made_count += 1
+            is_enough = self._made_count % self._max_programs == 0
+        if is_enough:
+            jax.clear_caches()
 
     def _replica(self, program: Program, place: int) -> Program | None:
         function = self._find(program.key.computation.function)

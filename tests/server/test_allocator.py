@@ -62,3 +62,49 @@ def test_threads_share_arenas(chosen: dict[str, str], is_set: str, most: int) ->
     told, _, info = done.stdout.partition("\n")
     assert told == is_set
     assert info.count("<heap nr=") == most
+
+
+# Behind what is freed something stays in use, so that glibc itself gives back nothing.
+FREES = """
+import ctypes, sys, time
+from jacserve_server import allocator
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+
+def held_mib():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / 2**20
+
+taken = [libc.malloc(4000) for _ in range(25_000)]
+for address in taken:
+    ctypes.memset(address, 1, 4000)
+last = libc.malloc(4000)
+for address in taken:
+    libc.free(address)
+before = held_mib()
+if "trim" in sys.argv:
+    allocator.trim_for_ever(every_s=0.05)
+end = time.monotonic() + float(sys.argv[1])
+while before - held_mib() < 80 and time.monotonic() < end:
+    time.sleep(0.01)
+print(before - held_mib())
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc's arenas"
+)
+def test_what_is_free_is_given_back() -> None:
+    def given_back_mib(*arguments: str) -> float:
+        done = subprocess.run(
+            [sys.executable, "-c", FREES, *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return float(done.stdout)
+
+    assert given_back_mib("1") < 20
+    assert given_back_mib("60", "trim") > 80

@@ -312,6 +312,7 @@ def main() -> None:
     _end_with(parent)
     _go_first()
     allocator.share_arenas()
+    allocator.trim_for_ever()
     xla_threads.spare()
     faulthandler.enable()
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
