@@ -218,6 +218,14 @@ def test_an_id_of_another_wire_type_is_none() -> None:
     assert read_response(alike + answer, "there") == (0, b"")
 
 
+def test_an_answer_with_a_timing_of_another_wire_type_reads_alike_again() -> None:
+    alike = WireField(pb.Result.TIMING_FIELD_NUMBER, VARINT, b"\1").encoded()
+    raw = alike + output(pb.QUANTITY_VALUE).SerializeToString()
+    decoder = ResultDecoder()
+    for _ in range(2):
+        np.testing.assert_array_equal(decoder.decode(raw).value, np.ones((2, 2)))
+
+
 RESULT = WireField(15, BYTES, seeds.results()[0]).encoded()
 ERROR = WireField(2, BYTES, seeds.statuses()[0]).encoded()
 

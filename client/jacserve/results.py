@@ -294,7 +294,8 @@ class ResultDecoder:
         return decode_opened(message, payloads, layout, known)
 
     def _learn(self, raw: bytes, message: pb.Result) -> None:
-        timings = [f for f in framing.fields(raw, 0, len(raw)) if f.number == _TIMING]
+        every = framing.fields(raw, 0, len(raw))
+        timings = [f for f in every if f.number == _TIMING and f.is_bytes]
         _, holes = framing.cut(raw, pb.Result)
         spans = [(f.start, f.stop) for f in timings]
         spans += [(hole.start, hole.start + hole.size) for hole in holes if hole.start]
