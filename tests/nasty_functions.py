@@ -14,13 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jacserve_server import Registry
+from jacserve_server import Registry, WarmUp
 
 registry = Registry()
 # Without any that is warmed up.
 quiet = Registry()
 # With one that dies and one that does not.
 mortal = Registry()
+# With one that takes as long for many points as for one.
+patient = Registry()
 ENDLESS = 13  # The size at which tracing never ends.
 
 
@@ -158,3 +160,13 @@ def gentle(x: Float[Array, "n"]) -> Float[Array, "n"]:
 @registry.function
 def large(x: Float[Array, "n"]) -> Float[Array, "n"]:
     return x * 2.0
+
+
+@patient.function(warm_up=[WarmUp({"n": 3}, batch=16, quantities=("value",))])
+def patient_one(x: Float[Array, "n"]) -> Float[Array, "n"]:
+    def call(x: np.ndarray) -> np.ndarray:
+        time.sleep(0.02)
+        return np.asarray(x)
+
+    shape: Any = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.pure_callback(call, shape, x, vmap_method="expand_dims")

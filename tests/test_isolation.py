@@ -11,6 +11,8 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
@@ -235,6 +237,7 @@ def test_the_guilty_is_found_among_several(client: jacserve.Client, name: str) -
 
 AGREEING = ("spherical",)
 FEW: tuple[tuple[Quantity, ...], ...] = (("value", "jacobian"),)
+LAYOUTS = ("matrix", "blocks")
 QUANTITIES: tuple[tuple[Quantity, ...], ...] = (
     ("value", "jacobian"),
     ("value", "slogdet", "newton_step"),
@@ -248,25 +251,24 @@ def check_agreement(
     theirs: jacserve.Client,
     animals: list[zoo.Animal],
     quantities: tuple[tuple[Quantity, ...], ...] = QUANTITIES,
+    step: int = 1,
 ) -> int:
-    """Compares all answers bit for bit; returns how many there were."""
+    """Compares every step-th answer bit for bit; returns how many there were."""
     count = 0
+    random = np.random.default_rng(0)
     for animal in animals:
-        random = np.random.default_rng(0)
         single = animal.sample(random)
         rows = [animal.sample(random) for _ in range(3)]
         batch = tuple(map(np.stack, zip(*rows, strict=True)))
-        for inputs in (single, batch):
-            for dtype in animal.dtypes:
-                given = tuple(
-                    x.astype(dtype) if x.dtype.kind in "fc" else x
-                    for x in map(np.asarray, inputs)
-                )
-                for some in quantities:
-                    for layout in ("matrix", "blocks"):
-                        count += check_answer(
-                            ours, theirs, animal.name, given, some, layout
-                        )
+        ways = product((single, batch), animal.dtypes, quantities, LAYOUTS)
+        for inputs, dtype, some, layout in islice(
+            ways, len(animal.name) % step, None, step
+        ):
+            given = tuple(
+                x.astype(dtype) if x.dtype.kind in "fc" else x
+                for x in map(np.asarray, inputs)
+            )
+            count += check_answer(ours, theirs, animal.name, given, some, layout)
     return count
 
 
@@ -315,7 +317,7 @@ def test_all_answers_are_those_of_the_server_itself(server: RunningServer) -> No
     with isolated(zoo.registry, max_execute_s=60) as running:
         with jacserve.Client(running.target) as theirs:
             with jacserve.Client(server.target) as ours:
-                assert check_agreement(ours, theirs, zoo.ZOO) > 400
+                assert check_agreement(ours, theirs, zoo.ZOO, step=5) > 100
 
 
 @pytest.mark.slow
@@ -351,6 +353,20 @@ def test_very_large_arrays(client: jacserve.Client) -> None:
     large = np.random.default_rng(0).normal(size=13_000_000)
     for _ in range(3):
         np.testing.assert_array_equal(client.value("large", large), 2.0 * large)
+
+
+def test_points_that_wait_are_computed_together() -> None:
+    xs = np.random.default_rng(0).normal(size=(64, 3))
+    with isolated(nasty_functions.patient) as server:
+        with jacserve.Client(server.target) as client, ThreadPoolExecutor(32) as pool:
+            ask = partial(client.evaluate, "patient_one", quantities=("value",))
+
+            def is_together() -> bool:
+                found = list(pool.map(ask, xs))
+                np.testing.assert_array_equal([each.value for each in found], xs)
+                return max(each.coalesced_count for each in found) > 1
+
+            until(is_together)  # What that is worth is measured after the start.
 
 
 @pytest.mark.slow
