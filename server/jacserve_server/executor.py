@@ -28,7 +28,6 @@ from jacserve_server.programs import (
     Device,
     Limits,
     Program,
-    check_result_size,
     compile_program,
     device_name,
     fingerprint,
@@ -361,19 +360,6 @@ class Executor:
     def when_ready(self, call: Callable[[], None]) -> None:
         """Has a function called whenever a program got ready on another device."""
         self._replicas.when_ready(call)
-
-    def result_bytes(self, program: Program, work: Work) -> int:
-        """Returns the bytes of the result's arrays."""
-        return program.row_bytes * (1 if work.batch is None else work.batch)
-
-    def check_size(self, program: Program, work: Work) -> None:
-        """Raises ServiceError if the result is too large to send."""
-        function = program.key.computation.function
-        check_result_size(function, program.row_bytes, work.batch, self._limits)
-
-    def is_brief(self, program: Program) -> bool:
-        """Whether a program takes less time than handing it to a thread."""
-        return program.is_brief
 
     def run_now(self, program: Program, work: Work) -> Outcome:
         """Runs a brief program in this thread.

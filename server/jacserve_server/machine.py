@@ -108,11 +108,11 @@ async def build_machine(catalog: Catalog, config: Config) -> Machine:
         slots=threads,
         max_queries=config.max_queries,
         max_bytes=config.max_queued_bytes,
+        max_payload_bytes=config.max_payload_bytes,
         shard_rows=config.shard_rows,
         max_client_queries=config.max_identity_queries,
         max_client_bytes=config.max_identity_bytes,
         devices=count,
-        lane=lambda program: program.lane,
     )
     return Machine(
         executor,

@@ -21,6 +21,7 @@ from jacserve_server.catalog import RegisteredFunction
 from jacserve_server.diagnosis import execution_error, explained
 from jacserve_server.errors import ServiceError, describe_exception
 from jacserve_server.quantities import QUANTITIES
+from jacserve_server.result_sizes import check_result_size
 from jacserve_server.strategies import Decision, wrt_of
 from jacserve_server.tracing import has_linear_algebra, has_steady_cost, has_x64, x64
 from jacserve_server.transforms import COMPUTE
@@ -213,7 +214,7 @@ def _compiled(
             computation.function,
             row_bytes,
             key.bucket // 2 + 1 if key.bucket else key.bucket,
-            limits,
+            limits.result_bytes,
         )
         try:
             executable = lowered.compile()
@@ -371,36 +372,6 @@ def _row_bytes(arrays: Sequence[Any], key: ProgramKey) -> int:
         math.prod(array.shape[key.bucket is not None :]) * array.dtype.itemsize
         for array in arrays
     )
-
-
-def check_result_size(
-    function: str, row_bytes: int, batch: int | None, limits: Limits
-) -> None:
-    """Refuses a result that could not be sent.
-
-    Args:
-        function: The function's name, for the message.
-        row_bytes: Bytes of one point's result.
-        batch: How many points; None for one.
-        limits: What may be sent.
-
-    Raises:
-        ServiceError: The result is larger.
-    """
-    # Even an empty batch has axes that numpy must be able to hold; and a point
-    # without results still has a flag that they are finite.
-    points = batch or 1
-    if max(row_bytes, 1) * points > limits.result_bytes:
-        raise ServiceError(
-            "RESULT_TOO_LARGE",
-            f"the result of functions/{function} at {points} points would take "
-            f"{row_bytes * points} bytes, but this server sends at most "
-            f"{limits.result_bytes}. Ask for fewer points at once or fewer quantities, "
-            "or raise the server's max_payload_bytes.",
-            function=f"functions/{function}",
-            result_bytes=row_bytes * points,
-            max_result_bytes=limits.result_bytes,
-        )
 
 
 def _at_point(

@@ -22,6 +22,7 @@ from jacserve_server.batches import bucket_for
 from jacserve_server.coalescing import Gain, Gains, buckets_to_measure, together
 from jacserve_server.errors import ServiceError
 from jacserve_server.fair_queue import FairQueue
+from jacserve_server.result_sizes import check_message_size, check_result_size
 from jacserve_server.sharding import (
     divided,
     in_smaller_parts,
@@ -48,7 +49,27 @@ _MEASURING_S = 1.0
 # background.
 _ATTENTIVE_S = 1.0
 
-P = TypeVar("P")
+
+class Handle(Protocol):
+    """What the scheduler knows of a program."""
+
+    @property
+    def lane(self) -> str:
+        """The name of the places that can run it."""
+        ...
+
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of one point's result, as far as they are known before."""
+        ...
+
+    @property
+    def is_brief(self) -> bool:
+        """Whether it takes less time than handing it to a thread."""
+        ...
+
+
+P = TypeVar("P", bound=Handle)
 
 
 class Executor(Protocol[P]):
@@ -77,18 +98,6 @@ class Executor(Protocol[P]):
 
     async def sparsity(self, sought: SparsityKey, client: str = "") -> Sparsity:
         """Finds a sparsity pattern."""
-        ...
-
-    def result_bytes(self, program: P, work: Work) -> int:
-        """Returns the bytes of the result, as far as they are known before."""
-        ...
-
-    def check_size(self, program: P, work: Work) -> None:
-        """Raises ServiceError if the result is too large to send."""
-        ...
-
-    def is_brief(self, program: P) -> bool:
-        """Whether a program takes less time than handing it to a thread."""
         ...
 
     def run_now(self, program: P, work: Work) -> Outcome:
@@ -164,11 +173,11 @@ class Scheduler(Generic[P]):
         slots: int,
         max_queries: int,
         max_bytes: int,
+        max_payload_bytes: int = 2**62,
         shard_rows: int = 2**62,
         max_client_queries: int | None = None,
         max_client_bytes: int | None = None,
         devices: int | None = None,
-        lane: Callable[[P], str] = lambda _: "",
     ) -> None:
         """Starts idle.
 
@@ -178,20 +187,19 @@ class Scheduler(Generic[P]):
             max_queries: The most queries in flight; more are refused at once.
             max_bytes: The most bytes in flight, of requests and of large results; one
                 query alone always fits.
+            max_payload_bytes: The most bytes of one result.
             shard_rows: Batches of at least so many rows are divided among devices.
             max_client_queries: The most queries in flight of one client; None for its
                 part of them alone.
             max_client_bytes: The most bytes in flight of one client, likewise.
             devices: How many of the executor's places can run one program; None for
                 all.
-            lane: Returns the name of the places that can run a program. What waits
-                for some never holds up what waits for others.
         """
-        self._lane = lane
         self.gains = Gains()
         self.tallies = Tallies()
         self._executor = executor
         self._slots = slots
+        self._max_payload_bytes = max_payload_bytes
         self._free_slots = [slots] * executor.places
         self._devices = devices or executor.places
         self._shard_rows = shard_rows if self._devices > 1 else 2**62
@@ -252,7 +260,7 @@ class Scheduler(Generic[P]):
         """
         key = ProgramKey(work.computation, bucket_for(work.batch))
         program = self._executor.ready(key)
-        if program is None or not self._executor.is_brief(program):
+        if program is None or not program.is_brief:
             return None
         self._check_size(program, work, max_result_bytes)
         outcome = self._executor.run_now(program, work)
@@ -308,7 +316,7 @@ class Scheduler(Generic[P]):
             program = await self._executor.prepare(key, client)
             compile_s = time.monotonic() - start
         self._check_size(program, work, max_result_bytes)
-        if rows == work.batch and self._executor.is_brief(program):
+        if rows == work.batch and program.is_brief:
             outcome = self._executor.run_now(program, work)
             if compile_s:
                 outcome = replace(outcome, compile_s=compile_s)
@@ -384,7 +392,7 @@ class Scheduler(Generic[P]):
 
     def _held_bytes(self, program: P, work: Work, rows: int | None) -> int:
         """Returns the bytes that work takes beside its request, at its worst."""
-        result_bytes = self._executor.result_bytes(program, work)
+        result_bytes = _result_bytes(program, work)
         if rows is None or not work.batch:
             return result_bytes
         if rows != work.batch:
@@ -393,12 +401,9 @@ class Scheduler(Generic[P]):
         return result_bytes * bucket // rows  # Padding goes with it to the end.
 
     def _check_size(self, program: P, work: Work, max_result_bytes: int | None) -> None:
-        self._executor.check_size(program, work)
-        if max_result_bytes is None:
-            return
-        result_bytes = self._executor.result_bytes(program, work)
-        if result_bytes > max_result_bytes:
-            raise stream_required(result_bytes, max_result_bytes)
+        function, most = work.computation.function, self._max_payload_bytes
+        check_result_size(function, program.row_bytes, work.batch, most)
+        check_message_size(_result_bytes(program, work), max_result_bytes)
 
     async def measure_gain(self, work: Work, most: int) -> Gain | None:
         """Measures whether points of one kind are better computed together.
@@ -419,7 +424,7 @@ class Scheduler(Generic[P]):
         """
         single = await self._executor.prepare(ProgramKey(work.computation, None))
         programs = {1: single}
-        if not self._executor.is_brief(single):
+        if not single.is_brief:
             batch = together(work.computation)
             for bucket in buckets_to_measure(most):
                 key = ProgramKey(batch, bucket)
@@ -500,8 +505,9 @@ class Scheduler(Generic[P]):
     ) -> _Waiting[P]:
         if kind is not None and not self.gains.wins(kind):
             kind = None
-        # Each client has a queue for each, so that only their order in it counts.
-        client = self._lane(program) + client
+        # Each client has a queue for each lane, so that only their order in it counts,
+        # and what waits for some places never holds up what waits for others.
+        client = program.lane + client
         answer = asyncio.get_running_loop().create_future()
         queue = self._queue if queue is None else queue
         since = time.monotonic()
@@ -621,12 +627,5 @@ class Scheduler(Generic[P]):
             self._idle.set()
 
 
-def stream_required(result_bytes: int, max_result_bytes: int) -> ServiceError:
-    """Makes the error of an answer that is too large for one message."""
-    return ServiceError(
-        "STREAM_REQUIRED",
-        f"the answer would take {result_bytes} bytes, and in one message at most "
-        f"{max_result_bytes} are sent. Ask by EvaluateStream.",
-        result_bytes=result_bytes,
-        max_result_bytes=max_result_bytes,
-    )
+def _result_bytes(program: Handle, work: Work) -> int:
+    return program.row_bytes * (1 if work.batch is None else work.batch)

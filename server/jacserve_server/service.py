@@ -36,7 +36,8 @@ from jacserve_server.planning import plan_sparsity
 from jacserve_server.query import Query
 from jacserve_server.replies import ReplyWriter
 from jacserve_server.requests import Request, RequestReader
-from jacserve_server.scheduler import Scheduler, stream_required
+from jacserve_server.result_sizes import check_message_size, check_patterned_size
+from jacserve_server.scheduler import Scheduler
 from jacserve_server.sessions import Session
 from jacserve_server.signature import FunctionSpec
 from jacserve_server.statuses import explained, status_of
@@ -212,7 +213,11 @@ class JacobianService:
             call.function = function.qualified_name
             sought = plan_sparsity(decode_sparsity_query(request), function)
             found = await self._scheduler.sparsity(sought, call.client)
-            self._check_size(function.resource, pattern_bytes(found.pattern, "coo"))
+            size_bytes, most = (
+                pattern_bytes(found.pattern, "coo"),
+                self._max_payload_bytes,
+            )
+            check_patterned_size(function.resource, size_bytes, most)
             answer = encode_sparsity(found, sought, function)
             return Frame(answer.message).filled(answer.payloads)
 
@@ -317,9 +322,8 @@ class JacobianService:
             _check_patterns(outcome, query)
             resource = f"functions/{outcome.outline.function}"
             size_bytes = result_bytes(outcome, query)
-            self._check_size(resource, size_bytes)
-            if max_result_bytes is not None and size_bytes > max_result_bytes:
-                raise stream_required(size_bytes, max_result_bytes)
+            check_patterned_size(resource, size_bytes, self._max_payload_bytes)
+            check_message_size(size_bytes, max_result_bytes)
 
     def _check_query_size(self, size_bytes: int) -> None:
         if size_bytes > self._max_payload_bytes:
@@ -330,19 +334,6 @@ class JacobianService:
                 "or raise the server's max_payload_bytes.",
                 query_bytes=size_bytes,
                 max_query_bytes=self._max_payload_bytes,
-            )
-
-    def _check_size(self, resource: str, size_bytes: int) -> None:
-        if size_bytes > self._max_payload_bytes:
-            raise ServiceError(
-                "RESULT_TOO_LARGE",
-                f"the answer of {resource} would take {size_bytes} bytes with its "
-                f"sparsity pattern, but this server sends at most "
-                f"{self._max_payload_bytes}. Ask for less at once, or raise the "
-                "server's max_payload_bytes.",
-                function=resource,
-                result_bytes=size_bytes,
-                max_result_bytes=self._max_payload_bytes,
             )
 
 

@@ -4,7 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -24,7 +24,16 @@ from jacserve_server.work import (
 
 # Of each of two devices; the second has only the programs of the first kind.
 SLOTS = 1
-Handle = tuple[ProgramKey, int]
+
+
+class Handle(NamedTuple):
+    key: ProgramKey
+    place: int
+    lane: str = ""
+    row_bytes: int = 8
+    is_brief: bool = False
+
+
 OUTLINE = Outline("f@1", (), {}, {}, Strategy(), None, "fake:0")
 KINDS = [
     Computation(
@@ -47,30 +56,21 @@ class Executor:
         self.ran: Counter[float] = Counter()
 
     def ready(self, key: ProgramKey) -> Handle:
-        return key, 0
+        return Handle(key, 0)
 
     async def prepare(self, key: ProgramKey, client: str = "") -> Handle:
-        return key, 0
+        return Handle(key, 0)
 
     async def sparsity(self, sought: Any, client: str = "") -> Any:
         pytest.fail(f"nobody asks for the sparsity of {sought}")
 
     def on(self, program: Handle, place: int) -> Handle | None:
-        key, _ = program
+        key = program.key
         is_there = place == 0 or key.computation.function == "squares@1"
-        return (key, place) if is_there else None
+        return Handle(key, place) if is_there else None
 
     def when_ready(self, call: Any) -> None:
         del call
-
-    def check_size(self, program: Handle, work: Work) -> None:
-        del program, work
-
-    def result_bytes(self, program: Handle, work: Work) -> int:
-        return 8
-
-    def is_brief(self, program: Handle) -> bool:
-        return False
 
     def run_now(self, program: Handle, work: Work) -> Outcome:
         pytest.fail(f"{program} is not brief")
@@ -79,7 +79,7 @@ class Executor:
         return asyncio.ensure_future(self._run(program, works))
 
     async def _run(self, program: Handle, works: Sequence[Work]) -> list[Outcome]:
-        key, place = program
+        key, place = program.key, program.place
         function = key.computation.function
         assert len(works) <= (key.bucket or 1)
         assert all(work.computation.function == function for work in works)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -27,6 +27,19 @@ def outcome() -> Outcome:
     return Outcome(outline, (), np.array(True), 0.5)
 
 
+class FakeProgram(NamedTuple):
+    name: str
+    lane: str = ""
+
+    @property
+    def row_bytes(self) -> int:
+        return 3 * 2**20 if self.name == "large@1" else 8
+
+    @property
+    def is_brief(self) -> bool:
+        return self.name == "brief@1"
+
+
 class FakeExecutor:
     """Compiles nothing, runs until its gate opens, and keeps a diary."""
 
@@ -40,40 +53,31 @@ class FakeExecutor:
     def ready(self, key: ProgramKey) -> None:
         del key
 
-    def on(self, program: str, place: int) -> str | None:
+    def on(self, program: FakeProgram, place: int) -> FakeProgram | None:
         if place == 0:
             return program
-        return f"{program} on {place}" if (program, place) in self.has else None
+        name = f"{program.name} on {place}"
+        return FakeProgram(name) if (program.name, place) in self.has else None
 
     def when_ready(self, call: Callable[[], None]) -> None:
         self.call = call
 
-    def check_size(self, program: str, work: Work) -> None:
-        del program, work
-
-    def result_bytes(self, program: str, work: Work) -> int:
-        del work
-        return 3 * 2**20 if program == "large@1" else 8
-
-    def is_brief(self, program: str) -> bool:
-        return program == "brief@1"
-
-    def run_now(self, program: str, work: Work) -> Any:
+    def run_now(self, program: FakeProgram, work: Work) -> Any:
         self.diary.append("now")
         return outcome()
 
     async def sparsity(self, sought: Any, client: str = "") -> Any:
         del sought
 
-    async def prepare(self, key: ProgramKey, client: str = "") -> str:
-        return key.computation.function
+    async def prepare(self, key: ProgramKey, client: str = "") -> FakeProgram:
+        return FakeProgram(key.computation.function)
 
-    def run(self, program: str, works: Any) -> Any:
+    def run(self, program: FakeProgram, works: Any) -> Any:
         return asyncio.ensure_future(self._run(program, works))
 
-    async def _run(self, program: str, works: Any) -> Any:
+    async def _run(self, program: FakeProgram, works: Any) -> Any:
         self.diary.append("started")
-        self.order.append(program.removesuffix("@1"))
+        self.order.append(program.name.removesuffix("@1"))
         await self.gate.wait()
         self.diary.append("finished")
         return [outcome() for _ in works]
@@ -92,7 +96,11 @@ def make(slots: int = 1, max_queries: int = 3, max_bytes: int = 100, places: int
 
 
 async def call(
-    scheduler: Scheduler[str], size_bytes: int = 1, *, client: str = "", name: str = "f"
+    scheduler: Scheduler[FakeProgram],
+    size_bytes: int = 1,
+    *,
+    client: str = "",
+    name: str = "f",
 ) -> Outcome:
     computation = Computation(f"{name}@1", ("value",), (), None, "matrix", ())
     with scheduler.admitted(size_bytes, client=client) as ticket:
@@ -391,7 +399,9 @@ def test_when_a_part_fails_those_that_wait_cost_no_device_time() -> None:
     run(scenario())
 
 
-def background(scheduler: Scheduler[str], name: str, client: str = "job") -> Any:
+def background(
+    scheduler: Scheduler[FakeProgram], name: str, client: str = "job"
+) -> Any:
     computation = Computation(f"{name}@1", ("value",), (), None, "matrix", ())
     work = Work(computation, (), None)
     return asyncio.create_task(scheduler.submit_background(work, client))

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import numpy as np
 
@@ -44,7 +44,6 @@ from jacserve_server.isolation.protocol import (
 from jacserve_server.isolation.quarantine import Quarantine
 from jacserve_server.isolation.regions import Region
 from jacserve_server.isolation.supervisor import Supervisor
-from jacserve_server.programs import Limits, check_result_size
 from jacserve_server.replicas import Replicas
 from jacserve_server.single_flight import SingleFlight
 from jacserve_server.work import (
@@ -78,6 +77,7 @@ class IsolatedProgram:
         row_bytes: Bytes of one point's results.
         is_lone: Whether it must not run beside its like.
         lane: Names the places that can run it.
+        is_brief: Whether it may run in the event loop: it may not end.
     """
 
     key: ProgramKey
@@ -87,6 +87,7 @@ class IsolatedProgram:
     row_bytes: int
     is_lone: bool
     lane: ClassVar[str] = "isolated "
+    is_brief: ClassVar[bool] = False
 
     def slots(self, batch: int | None) -> Slots:
         """Returns where its arguments, its results and their flags are."""
@@ -109,7 +110,6 @@ class IsolatedExecutor:
         devices: Sequence[DeviceState],
         compile_threads: int,
         max_programs: int,
-        limits: Limits,
         max_compile_s: float,
         max_execute_s: Callable[[str], float],
         max_owned_programs: int | None,
@@ -123,7 +123,6 @@ class IsolatedExecutor:
             devices: Those that the worker has.
             compile_threads: How many programs may be made at once.
             max_programs: How many are known at once, for each device.
-            limits: What one program may take.
             max_compile_s: Seconds that it may take to make one.
             max_execute_s: Returns the seconds that an execution of a function may
                 take, by its qualified name.
@@ -138,7 +137,6 @@ class IsolatedExecutor:
         self._compile_s = 0.0
         self._supervisor = supervisor
         self._quarantine = quarantine
-        self._limits = limits
         self._compiling = Budget(max_compile_s, "max_compile_s", "was compiled")
         self._max_execute_s = max_execute_s
         self._loop = asyncio.get_running_loop()
@@ -243,22 +241,9 @@ class IsolatedExecutor:
         """Has a function called whenever a program got ready on another device."""
         self._replicas.when_ready(call)
 
-    def result_bytes(self, program: IsolatedProgram, work: Work) -> int:
-        """Returns the bytes of the result's arrays."""
-        return program.row_bytes * (1 if work.batch is None else work.batch)
-
-    def check_size(self, program: IsolatedProgram, work: Work) -> None:
-        """Raises ServiceError if the result is too large to send."""
-        function = program.key.computation.function
-        check_result_size(function, program.row_bytes, work.batch, self._limits)
-
-    def is_brief(self, program: IsolatedProgram) -> bool:
-        """Whether it may run in the event loop: none may, because it may not end."""
-        return False
-
-    def run_now(self, program: IsolatedProgram, work: Work) -> Outcome:
-        """Is not called, because no program is brief."""
-        raise NotImplementedError
+    def run_now(self, program: IsolatedProgram, work: Work) -> NoReturn:
+        """Is not called: none is brief, because none may run in the event loop."""
+        raise AssertionError(f"{program.key.computation.function} is never brief")
 
     def run(
         self, program: IsolatedProgram, works: Sequence[Work]

@@ -12,7 +12,6 @@ from jacserve_server.isolation.process import is_worker
 from jacserve_server.isolation.protocol import Ready, Start
 from jacserve_server.isolation.quarantine import Quarantine
 from jacserve_server.isolation.supervisor import StartError, Supervisor
-from jacserve_server.programs import Limits
 from jacserve_server.registry import RegistrationError
 
 
@@ -83,8 +82,6 @@ async def open_worker(
         devices=[DeviceState(name, ready.device_kind, 0, 0) for name in ready.devices],
         compile_threads=config.compile_threads,
         max_programs=config.max_programs,
-        # What a program takes of its device is for the worker to see to.
-        limits=Limits(result_bytes=config.max_payload_bytes, program_bytes=2**62),
         max_compile_s=config.max_compile_s,
         max_execute_s=budgets_s.__getitem__,
         max_owned_programs=config.max_identity_programs,

@@ -83,23 +83,6 @@ class Router:
         self._own.when_ready(call)
         self._isolated.when_ready(call)
 
-    def result_bytes(self, program: AnyProgram, work: Work) -> int:
-        """Returns the bytes of the result's arrays."""
-        if isinstance(program, IsolatedProgram):
-            return self._isolated.result_bytes(program, work)
-        return self._own.result_bytes(program, work)
-
-    def check_size(self, program: AnyProgram, work: Work) -> None:
-        """Raises ServiceError if the result is too large to send."""
-        if isinstance(program, IsolatedProgram):
-            self._isolated.check_size(program, work)
-        else:
-            self._own.check_size(program, work)
-
-    def is_brief(self, program: AnyProgram) -> bool:
-        """Whether a program takes less time than handing it to a thread."""
-        return isinstance(program, Program) and self._own.is_brief(program)
-
     def run_now(self, program: AnyProgram, work: Work) -> Outcome:
         """Runs a brief program in this thread."""
         assert isinstance(program, Program)  # No other is brief.

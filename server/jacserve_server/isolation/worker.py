@@ -228,7 +228,7 @@ class Worker:
         executor = self._executor
         assert executor is not None
         program = self._program(executor, order)
-        if program is None or not executor.is_brief(program):
+        if program is None or not program.is_brief:
             return False
         try:
             work, results = self._work(program, order)
