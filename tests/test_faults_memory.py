@@ -49,6 +49,7 @@ def test_a_batch_too_large_for_the_memory_is_computed_in_parts() -> None:
         # 128 rows take 1 GiB of sines at least, and 32 do 256 MiB.
         with left_with(server.process.pid, 700 * 2**20):
             result = client.evaluate("waves", points, quantities=["value"])
+            assert result.bucket in {64 + 64, 3 * 32 + 4, 6 * 16 + 4}
             np.testing.assert_allclose(result.value, expected, rtol=1e-9)
             assert client.value("double", np.ones(3))[0] == 2.0
             # Parts may round otherwise, so exact ones are not divided.
@@ -118,6 +119,7 @@ def test_a_job_goes_on_with_less_memory(batch_size: int | None) -> None:
         jacserve.Client(server.target, timeout_s=100) as client,
     ):
         client.value("waves", points[:2])
+        # A batch takes more; and with less, now and then, gRPC gets none and aborts.
         with left_with(server.process.pid, 1000 * 2**20):
             job = client.submit_job(
                 "waves", points, quantities=["value"], batch_size=batch_size

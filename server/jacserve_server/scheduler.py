@@ -11,7 +11,7 @@ what queries leave.
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -26,8 +26,9 @@ from jacserve_server.result_sizes import check_message_size, check_result_size
 from jacserve_server.sharding import (
     divided,
     in_smaller_parts,
+    is_divisible,
+    is_out_of_memory,
     joined,
-    may_be_smaller,
     part_rows,
 )
 from jacserve_server.tallies import Tallies
@@ -45,6 +46,8 @@ _FREE_BYTES = 2**20
 # Enough for a median, and no more than a server may spend on it while it has callers.
 _FEWEST_ROUNDS, _MOST_ROUNDS = 3, 15
 _MEASURING_S = 1.0
+# How often what has failed for want of memory is tried once others have finished.
+_MOST_TRIES = 16
 # After a query there may be another, so for this long a slot is kept free of the
 # background.
 _ATTENTIVE_S = 1.0
@@ -292,13 +295,14 @@ class Scheduler(Generic[P]):
         try:
             return await self._submit(work, ticket, max_result_bytes)
         except ServiceError as error:
-            if not may_be_smaller(work, error):
+            if not is_out_of_memory(error):
                 raise
+            failure = error
 
         async def run(part: Work) -> Outcome:
             return await self._submit(part, ticket, None)
 
-        return await in_smaller_parts(work, run)
+        return await self._run_again(work, run, failure)
 
     async def _submit(
         self, work: Work, ticket: Ticket | None, max_result_bytes: int | None
@@ -356,13 +360,47 @@ class Scheduler(Generic[P]):
         try:
             return await self._submit_background(work, client)
         except ServiceError as error:
-            if is_whole or not may_be_smaller(work, error):
+            if is_whole or not is_out_of_memory(error):
                 raise
+            failure = error
 
         async def run(part: Work) -> Outcome:
             return await self._submit_background(part, client)
 
-        return await in_smaller_parts(work, run)
+        return await self._run_again(work, run, failure)
+
+    async def _run_again(
+        self, work: Work, run: Callable[[Work], Awaitable[Outcome]], failure: Exception
+    ) -> Outcome:
+        """Runs work for which the memory did not suffice, in parts if it has any."""
+        if not is_divisible(work):
+            return await self._run_beside_fewer(work, run, failure)
+
+        async def insist(part: Work) -> Outcome:
+            try:
+                return await run(part)
+            except ServiceError as error:
+                if not is_out_of_memory(error) or is_divisible(part):
+                    raise
+                return await self._run_beside_fewer(part, run, error)
+
+        return await in_smaller_parts(work, insist)
+
+    async def _run_beside_fewer(
+        self, work: Work, run: Callable[[Work], Awaitable[Outcome]], failure: Exception
+    ) -> Outcome:
+        """Runs work again as others finish, which may have had the memory."""
+        for _ in range(_MOST_TRIES):
+            if not self._running:
+                break
+            await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
+            try:
+                return await run(work)
+            except ServiceError as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = error
+        raise failure
 
     async def _submit_background(self, work: Work, client: str) -> Outcome:
         start = time.monotonic()

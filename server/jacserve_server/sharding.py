@@ -51,13 +51,17 @@ def _part(work: Work, start: int, stop: int) -> Work:
     return replace(work, arrays=arrays, batch=stop - start)
 
 
-def may_be_smaller(work: Work, failure: ServiceError) -> bool:
-    """Tells whether what has failed for want of memory can be computed in parts.
+def is_out_of_memory(error: ServiceError) -> bool:
+    """Tells whether work has failed for want of memory."""
+    return error.reason == "DEVICE_OUT_OF_MEMORY"
+
+
+def is_divisible(work: Work) -> bool:
+    """Tells whether work may be computed in parts.
 
     Other programs may round otherwise, so a query that wants to be exact is not.
     """
-    is_want = failure.reason == "DEVICE_OUT_OF_MEMORY"
-    return is_want and (work.batch or 0) > 1 and not work.is_exact
+    return (work.batch or 0) > 1 and not work.is_exact
 
 
 async def in_smaller_parts(
@@ -87,7 +91,7 @@ async def in_smaller_parts(
         try:
             outcomes.append(await run(part))
         except ServiceError as error:
-            if not may_be_smaller(part, error):
+            if not is_out_of_memory(error) or not is_divisible(part):
                 raise
             rows = (bucket_for(stop - start) or 2) // 2
         else:

@@ -30,7 +30,9 @@ def explained(error: BaseException, request_id: str) -> ServiceError:
     """
     if isinstance(error, ServiceError):
         return error
-    if isinstance(error, MemoryError):
+    # Python has no other sign that there was no memory, or no number, for a thread.
+    is_threadless = str(error) == "can't start new thread"
+    if isinstance(error, MemoryError) or is_threadless:
         return ServiceError(
             "DEVICE_OUT_OF_MEMORY",
             "the server has no memory left for this call. Send fewer points at once, "

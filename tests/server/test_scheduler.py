@@ -49,6 +49,8 @@ class FakeExecutor:
         self.gate = asyncio.Event()
         self.diary: list[str] = []
         self.order: list[str] = []
+        # What is hungry has room alone, or never.
+        self.is_full = self.hungry_fails = False
 
     def ready(self, key: ProgramKey) -> None:
         del key
@@ -76,6 +78,15 @@ class FakeExecutor:
         return asyncio.ensure_future(self._run(program, works))
 
     async def _run(self, program: FakeProgram, works: Any) -> Any:
+        if program.name == "hungry@1" and (self.is_full or self.hungry_fails):
+            raise ServiceError("DEVICE_OUT_OF_MEMORY", "there is no room")
+        self.is_full = True
+        try:
+            return await self._run_whole(program, works)
+        finally:
+            self.is_full = False
+
+    async def _run_whole(self, program: FakeProgram, works: Any) -> Any:
         self.diary.append("started")
         self.order.append(program.name.removesuffix("@1"))
         await self.gate.wait()
@@ -450,3 +461,36 @@ def test_jobs_take_turns_in_the_background() -> None:
         assert executor.order == ["a0", "a1", "b0", "a2", "b1"]
 
     run(scenario())
+
+
+def test_what_had_no_memory_beside_others_is_run_when_they_have_finished() -> None:
+    async def main() -> None:
+        scheduler, executor = make(slots=2)
+        first = asyncio.create_task(call(scheduler))
+        await settled()
+        hungry = asyncio.create_task(call(scheduler, name="hungry"))
+        await settled()
+        assert not hungry.done()
+        executor.gate.set()
+        await asyncio.gather(first, hungry)
+        assert executor.order == ["f", "hungry"]
+
+    run(main())
+
+
+def test_what_has_no_memory_even_alone_fails() -> None:
+    async def main() -> None:
+        scheduler, executor = make(slots=2)
+        executor.hungry_fails = True
+        with pytest.raises(ServiceError, match="no room"):
+            await call(scheduler, name="hungry")
+        first = asyncio.create_task(call(scheduler))
+        await settled()
+        hungry = asyncio.create_task(call(scheduler, name="hungry"))
+        await settled()
+        executor.gate.set()
+        await first
+        with pytest.raises(ServiceError, match="no room"):
+            await hungry
+
+    run(main())
