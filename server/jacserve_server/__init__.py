@@ -10,7 +10,7 @@ from jacserve_server.registry import RegistrationError, Registry, WarmUp
 
 if TYPE_CHECKING:
     from jacserve_server.config import Config
-    from jacserve_server.server import RunningServer, serving
+    from jacserve_server.running import RunningServer, serving
 
 __all__ = [
     "Config",
@@ -23,8 +23,8 @@ __all__ = [
 
 _LAZY = {
     "Config": "jacserve_server.config",
-    "RunningServer": "jacserve_server.server",
-    "serving": "jacserve_server.server",
+    "RunningServer": "jacserve_server.running",
+    "serving": "jacserve_server.running",
 }
 
 

@@ -129,12 +129,8 @@ def serve(
         from jacserve_server.loading import load_registries
         from jacserve_server.registration import build_catalog
         from jacserve_server.registry import RegistrationError
-        from jacserve_server.server import (
-            AddressError,
-            WarmUpError,
-            run,
-            serve_until_signal,
-        )
+        from jacserve_server.running import run, serve_until_signal
+        from jacserve_server.server import AddressError, WarmUpError
         from jacserve_server.telemetry import TelemetryError
         from jacserve_server.tls import CertificateError
         from jacserve_server.tokens import TokenFileError
@@ -221,7 +217,7 @@ def check(
         from jacserve import array_files
         from jacserve.client import Client
         from jacserve.errors import JacobianError
-        from jacserve_server.server import serving
+        from jacserve_server.running import serving
     registries = loaded(targets)
     is_wrong = False
     try:

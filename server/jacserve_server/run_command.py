@@ -76,7 +76,7 @@ def run(
         from jacserve.errors import JacobianError
         from jacserve_server.registration import build_catalog
         from jacserve_server.registry import RegistrationError
-        from jacserve_server.server import serving
+        from jacserve_server.running import serving
     output = output.absolute()
     folder = output.with_name(f"{output.name}.job")
     if output.suffix != ".zarr":
