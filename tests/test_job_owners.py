@@ -247,6 +247,28 @@ def test_jobs_keep_their_owner_across_restarts(tmp_path: Path) -> None:
             assert found.code is grpc.StatusCode.OK
 
 
+def test_administrators_have_the_jobs_of_nobody(tmp_path: Path) -> None:
+    tokens, jobs_dir = Tokens(tmp_path), tmp_path / "jobs"
+    ada, root = tokens.make("ada", "jobs"), tokens.make("root", "jobs", "admin")
+    with serving(registry, jobs_dir=jobs_dir) as server:
+        with connected(server.target) as channel:
+            nobody = Caller(channel, "")
+            assert nobody.create("old").code is grpc.StatusCode.OK
+            nobody.wait("old")
+            assert nobody.listed() == [("", "jobs/old")]
+    with serving(registry, jobs_dir=jobs_dir, tokens_file=tokens.path) as server:
+        with connected(server.target) as channel:
+            user, admin = Caller(channel, ada), Caller(channel, root)
+            refused = user.ask("GetJob", pb.GetJobRequest(name="old", owner="nobody"))
+            assert refused.reason == "SCOPE_MISSING"
+            assert user.listed() == []
+            assert admin.listed("nobody") == admin.listed("-") == [("", "jobs/old")]
+            for method, request in REQUESTS.items():
+                found = admin.ask(method, request(name="old", owner="nobody"))
+                assert found.code is grpc.StatusCode.OK, found
+            assert admin.listed("nobody") == []
+
+
 @pytest.mark.slow
 def test_who_watches_a_job_is_asked_again(tmp_path: Path) -> None:
     tokens = Tokens(tmp_path)

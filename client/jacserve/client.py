@@ -495,8 +495,8 @@ class Client(Evaluator):
 
         Args:
             states: Only those in these states; all by default.
-            owner: Whose, as `JobInfo.owner` says; "-" for everybody's; for
-                administrators.
+            owner: Whose, as `JobInfo.owner` says, or "nobody" where that is empty; "-"
+                for everybody's; for administrators.
             timeout_s: Seconds for each page of the list.
 
         Returns:

@@ -48,7 +48,7 @@ def print_jobs(jobs: Sequence[JobInfo], console: Console) -> None:
         is_running = job.state == "running"
         table.add_row(
             escape(job.id),
-            *([escape(job.owner)] if has_owners else []),
+            *([escape(job.owner or "nobody")] if has_owners else []),
             f"[{color}]{job.state}{escape(reason)}[/{color}]",
             escape(job.function),
             ", ".join(job.quantities),

@@ -244,6 +244,11 @@ def _certified(found: Mapping[str, Iterable[bytes]]) -> str:
     )
 
 
+# Names the owner of jobs that were made while nobody was asked; no identity
+# is called so.
+NOBODY = "nobody"
+
+
 def owner_of(named: str, caller: Caller) -> str:
     """Returns whose jobs a request is about.
 
@@ -263,7 +268,7 @@ def owner_of(named: str, caller: Caller) -> str:
         raise _scope_missing(
             "to name another owner of jobs", "admin", caller.scopes, caller.identity
         )
-    return named
+    return "" if named == NOBODY else named
 
 
 def request_id_of(context: Any) -> str:
