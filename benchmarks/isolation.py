@@ -56,7 +56,11 @@ def served(isolation: str) -> Iterator[Client]:
     """Serves this file in a process of its own."""
     command = [sys.executable, "-m", "jacserve", "serve", __file__, "--port", "0"]
     options = ["--device", "cpu", "--isolation", isolation]
-    environment = {**os.environ, "JACSERVE_MAX_EXECUTE_S": str(BUDGET_S)}
+    environment = {
+        **os.environ,
+        "JACSERVE_MAX_EXECUTE_S": str(BUDGET_S),
+        "JACSERVE_LOG_LEVEL": "critical",  # Workers are killed here, which it tells.
+    }
     process = subprocess.Popen(
         [*command, *options], stdout=subprocess.PIPE, text=True, env=environment
     )
