@@ -380,7 +380,7 @@ def check_streams(target: str) -> None:
 
 def check_steps(watched: tuple[str, int, str], turns: int) -> None:
     target, pid, job = watched
-    # Whatever is made when it is first needed stays, and so do buffers of as many answers
+    # What is made when it is first needed stays, and so do buffers of as many answers
     # as are ever made at once.
     for step in STEPS.values():
         vanish(target, job, step, 5)
