@@ -33,6 +33,7 @@ COMBINATIONS = {
     "test_agreement.py",
     "test_bad_vectors.py",
     "test_checking.py",
+    "test_determinants.py",
     "test_jobs.py",
     "test_laws.py",
     "test_products.py",
