@@ -168,10 +168,17 @@ class CompileTurns:
             if self._is_closed:
                 waiting.future.cancel()
             elif waiting.future.set_running_or_notify_cancel():
-                self._free -= 1
-                if self._threads < self._most - self._free:
-                    self._start_thread()
-                self._calls.put((waiting, asyncio.get_running_loop()))
+                try:
+                    self._hand_over(waiting)
+                except RuntimeError as error:
+                    waiting.future.set_exception(error)
+
+    def _hand_over(self, waiting: _Waiting) -> None:
+        """Gives a call to a free thread; raises where there is none to be had."""
+        if self._threads <= self._most - self._free:
+            self._start_thread()
+        self._free -= 1
+        self._calls.put((waiting, asyncio.get_running_loop()))
 
     def _start_thread(self) -> None:
         # What never ends can't be stopped, and must not keep the process.

@@ -584,10 +584,21 @@ class Scheduler(Generic[P]):
             self._free_slots[place] -= 1
             members = [first, *mates]
             works = [work for member in members for work in member.works]
-            running = self._executor.run(program, works)
+            running = self._started(program, works)
             self._running.add(running)
             finish = partial(self._finish, place, members, time.monotonic())
             running.add_done_callback(finish)
+
+    def _started(
+        self, program: P, works: Sequence[Work]
+    ) -> "asyncio.Future[list[Outcome]]":
+        """Runs a program; what can't even begin fails as what has begun does."""
+        try:
+            return self._executor.run(program, works)
+        except Exception as error:
+            failed = asyncio.get_running_loop().create_future()
+            failed.set_exception(error)
+            return failed
 
     def _next(self) -> tuple[int, _Waiting[P]] | None:
         """Returns a device with a free slot, and who is the next that it can serve."""
