@@ -292,17 +292,31 @@ class Scheduler(Generic[P]):
             ServiceError: The work can't be compiled or run, or its result has no
                 room beside all that is in flight.
         """
+        # Its parts are joined into a whole, and so are counted beside it.
+        attempt = self._submit if is_divisible(work) else self._attempt
         try:
-            return await self._submit(work, ticket, max_result_bytes)
+            return await attempt(work, ticket, max_result_bytes)
         except ServiceError as error:
             if not is_out_of_memory(error):
                 raise
             failure = error
 
         async def run(part: Work) -> Outcome:
-            return await self._submit(part, ticket, None)
+            return await self._attempt(part, ticket, None)
 
         return await self._run_again(work, run, failure)
+
+    async def _attempt(
+        self, work: Work, ticket: Ticket | None, max_result_bytes: int | None
+    ) -> Outcome:
+        """Executes work that may be tried again: where it fails, it counts no more."""
+        before = 0 if ticket is None else ticket.size_bytes
+        try:
+            return await self._submit(work, ticket, max_result_bytes)
+        except ServiceError:
+            if ticket is not None:
+                ticket.shrink(ticket.size_bytes - before)
+            raise
 
     async def _submit(
         self, work: Work, ticket: Ticket | None, max_result_bytes: int | None
