@@ -7,6 +7,7 @@ from typing import Any
 
 from jacserve.v1 import jacobian_pb2 as pb
 from jacserve_server.catalog import Catalog
+from jacserve_server.compile_turns import CompileBudgets
 from jacserve_server.config import Config
 from jacserve_server.executor import (
     Device,
@@ -88,15 +89,17 @@ async def build_machine(catalog: Catalog, config: Config) -> Machine:
     )
     measurements = Measurements.load(config.cache_dir)
     quarantine = Quarantine()
+    # Whatever runs there, a client has one.
+    budgets = CompileBudgets(config.compile_budget_s)
     # Where all is isolated, the devices are the worker's alone.
     devices = [] if isolates_all else find_devices(config.device)
     worker = None
     if isolated:
-        worker = await open_worker(catalog, config, quarantine)
+        worker = await open_worker(catalog, config, quarantine, budgets)
     if devices:
         kind, count = devices[0].device_kind, len(devices)
         threads = config.device_threads or default_threads(devices)
-        own = _own_executor(catalog, config, measurements, devices, threads)
+        own = _own_executor(catalog, config, measurements, devices, threads, budgets)
     else:
         assert worker is not None  # A catalog is never empty.
         ready = worker.ready
@@ -132,6 +135,7 @@ def _own_executor(
     measurements: Measurements,
     devices: list[Device],
     threads: int,
+    budgets: CompileBudgets,
 ) -> Executor:
     device, *others = devices
     return Executor(
@@ -147,7 +151,7 @@ def _own_executor(
         ),
         measured=partial(measurements.find, device=device.device_kind),
         max_owned_programs=config.max_identity_programs,
-        compile_budget_s=config.compile_budget_s,
+        compile_budgets=budgets,
     )
 
 
