@@ -40,6 +40,8 @@ class Machine:
         isolated: The functions that run in a worker process, by qualified name.
         quarantine: Those that are not run any more.
         workers: Tells how the worker processes are.
+        when_able: Has a function told that nothing can be run any more, and that it can
+            again.
     """
 
     executor: AnyExecutor
@@ -50,6 +52,7 @@ class Machine:
     isolated: frozenset[str]
     quarantine: Quarantine
     workers: Callable[[], list[WorkerState]]
+    when_able: Callable[[Callable[[bool], None]], None]
 
     def describe(self, spec: FunctionSpec) -> pb.Function:
         """Returns what clients are told of a function.
@@ -106,6 +109,7 @@ async def build_machine(catalog: Catalog, config: Config) -> Machine:
         kind, count, threads = ready.device_kind, len(ready.devices), ready.threads
         own = None
     executor = _joined(own, worker, isolated)
+    needs_worker = len(isolated) == len(catalog.functions)
     scheduler = Scheduler[Any](
         executor,
         slots=threads,
@@ -126,6 +130,7 @@ async def build_machine(catalog: Catalog, config: Config) -> Machine:
         isolated,
         quarantine,
         lambda: [] if worker is None else [worker.supervisor.state()],
+        worker.supervisor.when_able if worker and needs_worker else lambda _: None,
     )
 
 
