@@ -97,6 +97,17 @@ def test_who_compiles_ever_new_shapes_is_refused_with_the_numbers() -> None:
             assert caught.value.reason == "COMPILE_BUDGET_SPENT"
 
 
+def test_a_flood_is_refused_as_soon_as_the_budget_is_spent() -> None:
+    settings = {"compile_budget_s": 0.5, "compile_threads": 1}
+    with serving(registry, **settings) as server, clients(server.target, 1) as [client]:
+        with client.session() as session:
+            asked = [session.submit("awkward", np.ones(n)) for n in range(1, 60)]
+            errors = [each.exception(timeout=60) for each in asked]
+        reasons = [error.reason for error in errors if error is not None]  # pyright: ignore[reportAttributeAccessIssue]
+        assert set(reasons) == {"COMPILE_BUDGET_SPENT"}
+        assert len(reasons) > 40
+
+
 def test_patterns_spend_the_budget_too() -> None:
     with (
         serving(registry, compile_budget_s=0.2) as server,

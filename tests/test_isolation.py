@@ -14,9 +14,12 @@ from contextlib import closing
 from functools import partial
 from itertools import islice, product
 from pathlib import Path
+from typing import Any
 
+import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import jacserve
 import nasty_functions
@@ -31,6 +34,7 @@ from job_servers import JobHome
 from server_process import server_process
 
 FUNCTIONS = Path(nasty_functions.__file__)
+SERVING = health_pb2.HealthCheckResponse.SERVING
 GOOD = np.array([0.25, 0.5, 0.75])
 BAD = -GOOD
 EXECUTE_S, COMPILE_S = 2.0, 15.0
@@ -537,6 +541,44 @@ def test_a_worker_that_can_not_start_stops_the_server(
     assert re.search(words, found), found
 
 
+@pytest.mark.parametrize(
+    "has_others", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
+def test_a_server_says_so_while_its_worker_can_not_be_started(
+    tmp_path: Path, has_others: bool
+) -> None:
+    path = tmp_path / "functions.py"
+    text = UNFIT + OTHER * has_others
+    path.write_text(text)
+    with (
+        server_process(path) as server,
+        jacserve.Client(server.target, retries=0, timeout_s=SOON_S) as client,
+        grpc.insecure_channel(server.target) as channel,
+    ):
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+
+        def is_serving() -> bool:
+            status = stub.Check(health_pb2.HealthCheckRequest()).status
+            assert client.status().is_serving == (status == SERVING)
+            return status == SERVING
+
+        assert client.value("f", 1.0) == 1.0
+        assert is_serving()
+        path.write_text(text + "\nif WORKER: os._exit(7)")
+        [worker] = children(server.process.pid)
+        os.kill(worker, signal.SIGKILL)
+        until(lambda: not is_running(worker))
+        error = failure(lambda: client.value("f", 1.0))
+        assert isinstance(error, jacserve.UnavailableError)
+        assert (error.reason, error.is_cut_off) == ("WORKER_UNAVAILABLE", False)
+        assert is_serving() is has_others
+        path.write_text(text)
+        with jacserve.Client(server.target, retries=99, timeout_s=SOON_S) as patient:
+            with patient.session() as session:
+                assert session.value("f", 1.0) == 1.0
+        assert is_serving()
+
+
 UNFIT = """
 import os, sys
 from jaxtyping import Array, Float
@@ -549,6 +591,11 @@ WORKER = "isolation.worker" in " ".join(sys.orig_argv)
 def f(x: Float[Array, ""]) -> Float[Array, ""]:
     return x
 
+"""
+OTHER = """
+@registry.function
+def g(x: Float[Array, ""]) -> Float[Array, ""]:
+    return x
 """
 
 

@@ -97,7 +97,14 @@ class AccessError(JacobianError, PermissionError):
 
 
 class UnavailableError(JacobianError, ConnectionError):
-    """No server answers at the target, or it is shutting down."""
+    """No server answers at the target, or it is shutting down.
+
+    Attributes:
+        is_cut_off: Whether the connection broke when the call was on its way: what was
+            asked may have ended the server.
+    """
+
+    is_cut_off: bool = False
 
 
 class DeadlineError(JacobianError, TimeoutError):
@@ -208,7 +215,24 @@ def from_rpc_error(error: grpc.Call, target: str) -> JacobianError:
             "that goes away. Try again.",
             code=code,
         )
-    return _from_status(code, status, target)
+    exception = _from_status(code, status, target)
+    if isinstance(exception, UnavailableError) and not exception.reason:
+        exception.is_cut_off = not _is_unsent(status.message)
+    return exception
+
+
+# What gRPC says where it has no connection to send a call by.
+_UNSENT = (
+    "failed to connect",
+    "all backends failing",
+    "dns resolution failed",
+    "empty address list",
+)
+
+
+def _is_unsent(message: str) -> bool:
+    """Whether a call found no server, by the words that gRPC has for it."""
+    return any(sign in message.lower() for sign in _UNSENT)
 
 
 def _is_local(message: str) -> bool:

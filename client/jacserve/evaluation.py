@@ -95,7 +95,7 @@ def evaluation(
     if layout and (known := memory.patterns.find(ask.form.query)):
         ask = Ask(ask.form.naming(known), ask.arrays)
     stop = None if timeout_s is None else time.monotonic() + timeout_s
-    left_s, delay_s, attempt = timeout_s, 0.0, 0
+    left_s, delay_s, attempt, cuts = timeout_s, 0.0, 0, 0
     while True:
         is_streamed = ask.form.is_streamed
         try:
@@ -103,9 +103,9 @@ def evaluation(
         except (OverloadedError, UnavailableError) as error:
             if stop is not None:
                 left_s = stop - time.monotonic()
-            pause_s = (
-                _pause_s(error, is_streamed, attempt) if attempt < retries else None
-            )
+            cuts += isinstance(error, UnavailableError) and error.is_cut_off
+            may_retry = attempt < retries and cuts <= _MOST_CUTS
+            pause_s = _pause_s(error, is_streamed, attempt) if may_retry else None
             if pause_s is None or (left_s is not None and pause_s >= left_s):
                 raise
             attempt, delay_s = attempt + 1, pause_s
@@ -139,6 +139,8 @@ def evaluation(
 
 # Who has to wait for longer may have something better to do.
 _LONGEST_WAIT_S = 10.0
+# A query that was cut off more often may be what ends servers, and is kept from others.
+_MOST_CUTS = 2
 
 
 def _pause_s(error: JacobianError, is_streamed: bool, attempt: int) -> float | None:

@@ -107,16 +107,16 @@ class _Stream:
             self._reader.join()
 
     @staticmethod
-    def _is_going(answer: JacobianError) -> bool:
-        """Whether the server goes away: another stream may lead to another server."""
-        return answer.reason == "SHUTTING_DOWN"
+    def _is_unable(answer: JacobianError) -> bool:
+        """Whether the server can't serve: another stream may lead to another server."""
+        return isinstance(answer, UnavailableError)
 
     def _read(self) -> None:
         error: JacobianError
         try:
             for raw in self._call:
                 id_, answer = read_response(raw, self._target)
-                if isinstance(answer, JacobianError) and self._is_going(answer):
+                if isinstance(answer, JacobianError) and self._is_unable(answer):
                     self.end()
                 if (take := self._waiting.pop(id_, None)) is not None:
                     take(answer)

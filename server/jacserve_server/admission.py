@@ -79,6 +79,14 @@ class Ticket:
         """
         self._admission.grow(self, size_bytes)
 
+    def shrink(self, size_bytes: int) -> None:
+        """Counts for less from now on, as where what it grew for has failed.
+
+        Args:
+            size_bytes: How many bytes less; some that it has grown by.
+        """
+        self._admission.shrink(self, size_bytes)
+
 
 class _Share:
     """What one client has in flight."""
@@ -211,6 +219,17 @@ class Admission:
         ticket.size_bytes += size_bytes
         share.size_bytes += size_bytes
         self._size_bytes += size_bytes
+
+    def shrink(self, ticket: Ticket, size_bytes: int) -> None:
+        """Counts fewer bytes for a query in flight.
+
+        Args:
+            ticket: Its ticket.
+            size_bytes: How many bytes fewer.
+        """
+        ticket.size_bytes -= size_bytes
+        self._shares[ticket.client].size_bytes -= size_bytes
+        self._size_bytes -= size_bytes
 
     def _check_room(self, room: int, size_bytes: int) -> None:
         if room <= 0 or self._size_bytes + size_bytes > self._max_bytes:

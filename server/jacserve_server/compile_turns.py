@@ -14,7 +14,9 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from ipaddress import IPv6Network
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 from jacserve_server.errors import ServiceError
 from jacserve_server.fair_queue import FairQueue
@@ -29,6 +31,8 @@ _REFILL_S = 3600.0
 # Of those that nobody has drawn on lately, so many are kept before they are looked for.
 _MANY_BUDGETS = 1000
 _PEER = re.compile(r"(ipv[46]:.*):\d+")
+# A site has so many addresses at least, and whoever is there any of them.
+_IPV6_PREFIX = 64
 
 
 def owner_of(client: str) -> str:
@@ -38,23 +42,44 @@ def owner_of(client: str) -> str:
         client: An identity, or the address of a connection, or "".
 
     Returns:
-        The identity, or the address without its port: whoever connects again is still
-        the same. "" stands for the server itself.
+        The identity, or the address without its port, of IPv6 the network: whoever
+        connects again is still the same. "" stands for the server itself.
     """
     match = _PEER.fullmatch(client)
-    return match[1] if match else client
+    if match is None:
+        return client
+    kind, _, address = unquote(match[1]).partition(":")
+    if kind == "ipv6":
+        bare = address.strip("[]").partition("%")[0]
+        address = str(IPv6Network((bare, _IPV6_PREFIX), strict=False))
+    return f"{kind}:{address}"
 
 
-class _Budgets:
+def is_owners_alone(error: BaseException) -> bool:
+    """Tells whether a call has failed for whose it was: for another it may not."""
+    return isinstance(error, ServiceError) and error.reason == "COMPILE_BUDGET_SPENT"
+
+
+class CompileBudgets:
     """How many seconds each owner may still spend: a token bucket for each."""
 
-    def __init__(self, size_s: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, size_s: float = 0.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Starts with nothing spent.
+
+        Args:
+            size_s: The seconds that each owner may spend in an hour, and at once; 0
+                for any.
+            clock: The time, in seconds.
+        """
         self._size_s = size_s
         self._clock = clock
         # Seconds spent and not yet refilled, and when that was so.
         self._spent: dict[str, tuple[float, float]] = {}
 
     def check(self, owner: str) -> None:
+        """Raises ServiceError if an owner has spent all of its seconds."""
         spent_s = self._spent_by(owner)
         if not self._size_s or not owner or spent_s < self._size_s:
             return
@@ -71,6 +96,7 @@ class _Budgets:
         )
 
     def spend(self, owner: str, seconds: float) -> None:
+        """Takes note of seconds that an owner has spent."""
         if not self._size_s or not owner:
             return
         self._spent[owner] = self._spent_by(owner) + seconds, self._clock()
@@ -99,27 +125,20 @@ _Call = tuple[_Waiting, asyncio.AbstractEventLoop]
 class CompileTurns:
     """Runs what traces and compiles, in threads. Used from one event loop."""
 
-    def __init__(
-        self,
-        threads: int,
-        *,
-        budget_s: float = 0.0,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, threads: int, budgets: CompileBudgets | None = None) -> None:
         """Starts no thread yet.
 
         Args:
             threads: How many calls run at once.
-            budget_s: The seconds that each owner may spend in an hour, and at once; 0
-                for any.
-            clock: The time, in seconds.
+            budgets: What the seconds of calls are taken from, and those of others,
+                too, that have it; None for any number of seconds.
         """
         self._most = self._free = threads
         self._is_closed = False
         # They are kept: where memory is short, another could not be started.
         self._threads = 0
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
-        self._budgets = _Budgets(budget_s, clock)
+        self._budgets = budgets or CompileBudgets()
         self._queue: FairQueue[_Waiting] = FairQueue()
         self._counts: Counter[str] = Counter()
 
@@ -131,7 +150,8 @@ class CompileTurns:
             call: What to run.
 
         Returns:
-            Its future. One that is cancelled before it runs is forgotten.
+            Its future. One that is cancelled before it runs is forgotten. It fails with
+            a ServiceError where the owner has spent its budget when its turn comes.
 
         Raises:
             ServiceError: The owner has too many waiting, or has spent its budget.
@@ -168,10 +188,18 @@ class CompileTurns:
             if self._is_closed:
                 waiting.future.cancel()
             elif waiting.future.set_running_or_notify_cancel():
-                self._free -= 1
-                if self._threads < self._most - self._free:
-                    self._start_thread()
-                self._calls.put((waiting, asyncio.get_running_loop()))
+                try:
+                    self._hand_over(waiting)
+                except (ServiceError, RuntimeError) as error:
+                    waiting.future.set_exception(error)
+
+    def _hand_over(self, waiting: _Waiting) -> None:
+        """Gives a call to a free thread, unless there is none or no time for it."""
+        self._budgets.check(waiting.owner)
+        if self._threads <= self._most - self._free:
+            self._start_thread()
+        self._free -= 1
+        self._calls.put((waiting, asyncio.get_running_loop()))
 
     def _start_thread(self) -> None:
         # What never ends can't be stopped, and must not keep the process.

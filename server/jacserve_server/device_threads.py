@@ -36,15 +36,15 @@ class DeviceThreads:
         Returns:
             A future of this event loop, of the call's result or its exception. To
             cancel it does not stop the call.
+
+        Raises:
+            RuntimeError: There is no thread, and none can be started.
         """
+        if self._threads < min(self._unfinished + 1, self._count):
+            self._start_thread()
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         self._unfinished += 1
-        if self._threads < min(self._unfinished, self._count):
-            self._threads += 1
-            # What runs at the end can't be stopped, and must not keep the process.
-            name = f"device-{self._threads}"
-            threading.Thread(target=self._work, name=name, daemon=True).start()
         self._calls.put((loop, future, call))
         return future
 
@@ -52,6 +52,19 @@ class DeviceThreads:
         """Begins no more calls; those that run are not waited for."""
         for _ in range(self._threads):
             self._calls.put(None)
+
+    def _start_thread(self) -> None:
+        # What runs at the end can't be stopped, and must not keep the process.
+        name = f"device-{self._threads + 1}"
+        thread = threading.Thread(target=self._work, name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            # There is no memory for it. The others do its work, if there are others.
+            if not self._threads:
+                raise
+        else:
+            self._threads += 1
 
     def _work(self) -> None:
         while (entry := self._calls.get()) is not None:

@@ -54,6 +54,7 @@ Reason = Literal[
     "TIME_BUDGET_SPENT",
     "WORKER_DIED",
     "FUNCTION_QUARANTINED",
+    "WORKER_UNAVAILABLE",
 ]
 CODES: Mapping[Reason, int] = MappingProxyType(
     {
@@ -97,6 +98,7 @@ CODES: Mapping[Reason, int] = MappingProxyType(
         "TIME_BUDGET_SPENT": code_pb2.DEADLINE_EXCEEDED,
         "WORKER_DIED": code_pb2.INTERNAL,
         "FUNCTION_QUARANTINED": code_pb2.FAILED_PRECONDITION,
+        "WORKER_UNAVAILABLE": code_pb2.UNAVAILABLE,
     }
 )
 

@@ -20,7 +20,12 @@ from jacserve_server import xla_threads
 from jacserve_server.batches import finite_points, padded
 from jacserve_server.catalog import RegisteredFunction
 from jacserve_server.coalescing import gathered, separated
-from jacserve_server.compile_turns import CompileTurns, owner_of
+from jacserve_server.compile_turns import (
+    CompileBudgets,
+    CompileTurns,
+    is_owners_alone,
+    owner_of,
+)
 from jacserve_server.device_threads import DeviceThreads
 from jacserve_server.diagnosis import execution_error
 from jacserve_server.errors import ServiceError
@@ -219,7 +224,7 @@ class Executor:
         limits: Limits,
         measured: Callable[[ProgramKey], Sequence[Strategy]] = lambda _: (),
         max_owned_programs: int | None = None,
-        compile_budget_s: float = 0.0,
+        compile_budgets: CompileBudgets | None = None,
     ) -> None:
         """Starts no work yet.
 
@@ -234,8 +239,8 @@ class Executor:
             measured: Finds the strategies that were measured, the fastest first.
             max_owned_programs: How many are kept that one client has first asked for;
                 None for any, though whoever has the most is the first to lose one.
-            compile_budget_s: The seconds of compiling that one client may have in an
-                hour; 0 for any.
+            compile_budgets: The seconds of compiling that each client may have; None
+                for any.
         """
         self._measured = measured
         self._find = find
@@ -253,12 +258,18 @@ class Executor:
         )
         # The scheduler sees to it that no device has more than its threads.
         self._device_threads = DeviceThreads(threads * self.places)
-        self._turns = CompileTurns(compile_threads, budget_s=compile_budget_s)
+        self._turns = CompileTurns(compile_threads, compile_budgets)
         self._programs = SingleFlight[_Decided, Program](
-            self._turns.submit, capacity=max_programs, share=max_owned_programs
+            self._turns.submit,
+            capacity=max_programs,
+            share=max_owned_programs,
+            is_owners_alone=is_owners_alone,
         )
         self._decisions = SingleFlight[ProgramKey, tuple[_Decided, Decision]](
-            self._turns.submit, capacity=max_programs, share=max_owned_programs
+            self._turns.submit,
+            capacity=max_programs,
+            share=max_owned_programs,
+            is_owners_alone=is_owners_alone,
         )
         # Those that stand in for programs which the memory did not suffice for.
         self._frugal: WeakKeyDictionary[Program, Program] = WeakKeyDictionary()

@@ -7,6 +7,7 @@ from typing import Any
 
 from jacserve.v1 import jacobian_pb2 as pb
 from jacserve_server.catalog import Catalog
+from jacserve_server.compile_turns import CompileBudgets
 from jacserve_server.config import Config
 from jacserve_server.executor import (
     Device,
@@ -39,6 +40,8 @@ class Machine:
         isolated: The functions that run in a worker process, by qualified name.
         quarantine: Those that are not run any more.
         workers: Tells how the worker processes are.
+        when_able: Has a function told that nothing can be run any more, and that it can
+            again.
     """
 
     executor: AnyExecutor
@@ -49,6 +52,7 @@ class Machine:
     isolated: frozenset[str]
     quarantine: Quarantine
     workers: Callable[[], list[WorkerState]]
+    when_able: Callable[[Callable[[bool], None]], None]
 
     def describe(self, spec: FunctionSpec) -> pb.Function:
         """Returns what clients are told of a function.
@@ -88,21 +92,24 @@ async def build_machine(catalog: Catalog, config: Config) -> Machine:
     )
     measurements = Measurements.load(config.cache_dir)
     quarantine = Quarantine()
+    # Whatever runs there, a client has one.
+    budgets = CompileBudgets(config.compile_budget_s)
     # Where all is isolated, the devices are the worker's alone.
     devices = [] if isolates_all else find_devices(config.device)
     worker = None
     if isolated:
-        worker = await open_worker(catalog, config, quarantine)
+        worker = await open_worker(catalog, config, quarantine, budgets)
     if devices:
         kind, count = devices[0].device_kind, len(devices)
         threads = config.device_threads or default_threads(devices)
-        own = _own_executor(catalog, config, measurements, devices, threads)
+        own = _own_executor(catalog, config, measurements, devices, threads, budgets)
     else:
         assert worker is not None  # A catalog is never empty.
         ready = worker.ready
         kind, count, threads = ready.device_kind, len(ready.devices), ready.threads
         own = None
     executor = _joined(own, worker, isolated)
+    needs_worker = len(isolated) == len(catalog.functions)
     scheduler = Scheduler[Any](
         executor,
         slots=threads,
@@ -123,6 +130,7 @@ async def build_machine(catalog: Catalog, config: Config) -> Machine:
         isolated,
         quarantine,
         lambda: [] if worker is None else [worker.supervisor.state()],
+        worker.supervisor.when_able if worker and needs_worker else lambda _: None,
     )
 
 
@@ -132,6 +140,7 @@ def _own_executor(
     measurements: Measurements,
     devices: list[Device],
     threads: int,
+    budgets: CompileBudgets,
 ) -> Executor:
     device, *others = devices
     return Executor(
@@ -147,7 +156,7 @@ def _own_executor(
         ),
         measured=partial(measurements.find, device=device.device_kind),
         max_owned_programs=config.max_identity_programs,
-        compile_budget_s=config.compile_budget_s,
+        compile_budgets=budgets,
     )
 
 

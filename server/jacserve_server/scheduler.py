@@ -292,17 +292,31 @@ class Scheduler(Generic[P]):
             ServiceError: The work can't be compiled or run, or its result has no
                 room beside all that is in flight.
         """
+        # Its parts are joined into a whole, and so are counted beside it.
+        attempt = self._submit if is_divisible(work) else self._attempt
         try:
-            return await self._submit(work, ticket, max_result_bytes)
+            return await attempt(work, ticket, max_result_bytes)
         except ServiceError as error:
             if not is_out_of_memory(error):
                 raise
             failure = error
 
         async def run(part: Work) -> Outcome:
-            return await self._submit(part, ticket, None)
+            return await self._attempt(part, ticket, None)
 
         return await self._run_again(work, run, failure)
+
+    async def _attempt(
+        self, work: Work, ticket: Ticket | None, max_result_bytes: int | None
+    ) -> Outcome:
+        """Executes work that may be tried again: where it fails, it counts no more."""
+        before = 0 if ticket is None else ticket.size_bytes
+        try:
+            return await self._submit(work, ticket, max_result_bytes)
+        except ServiceError:
+            if ticket is not None:
+                ticket.shrink(ticket.size_bytes - before)
+            raise
 
     async def _submit(
         self, work: Work, ticket: Ticket | None, max_result_bytes: int | None
@@ -584,10 +598,21 @@ class Scheduler(Generic[P]):
             self._free_slots[place] -= 1
             members = [first, *mates]
             works = [work for member in members for work in member.works]
-            running = self._executor.run(program, works)
+            running = self._started(program, works)
             self._running.add(running)
             finish = partial(self._finish, place, members, time.monotonic())
             running.add_done_callback(finish)
+
+    def _started(
+        self, program: P, works: Sequence[Work]
+    ) -> "asyncio.Future[list[Outcome]]":
+        """Runs a program; what can't even begin fails as what has begun does."""
+        try:
+            return self._executor.run(program, works)
+        except Exception as error:
+            failed = asyncio.get_running_loop().create_future()
+            failed.set_exception(error)
+            return failed
 
     def _next(self) -> tuple[int, _Waiting[P]] | None:
         """Returns a device with a free slot, and who is the next that it can serve."""

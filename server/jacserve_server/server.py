@@ -94,7 +94,8 @@ class Server:
         self._credentials = entrance.credentials
         self._executor, self._scheduler = machine.executor, machine.scheduler
         self._quarantine = machine.quarantine
-        self._is_serving = False
+        self._is_serving, self._is_able = False, True
+        machine.when_able(self._set_able)
         self._metrics: MetricsPort | None = None
         self._warming: asyncio.Task[None] | None = None
         self._resuming: asyncio.Task[None] | None = None
@@ -148,7 +149,7 @@ class Server:
         )
         self._overview = Overview(
             machine,
-            is_serving=lambda: self._is_serving,
+            is_serving=lambda: self._is_healthy,
             streams=lambda: streams.count,
             jobs=self._jobs.counts,
         )
@@ -199,11 +200,22 @@ class Server:
             await self._close_metrics()
             self._executor.close()
             raise
-        self._health.set(is_serving=True)
         self._is_serving = True
+        self._tell_health()
         self._warming = asyncio.create_task(self._warm_up_further())
         self._resuming = asyncio.create_task(self._resume_jobs())
         return f"{address}:{bound}"
+
+    @property
+    def _is_healthy(self) -> bool:
+        return self._is_serving and self._is_able
+
+    def _set_able(self, is_able: bool) -> None:
+        self._is_able = is_able
+        self._tell_health()
+
+    def _tell_health(self) -> None:
+        self._health.set(is_serving=self._is_healthy)
 
     def _release(self, name: str) -> pb.Function:
         found = self._service.describe(name)
@@ -302,7 +314,7 @@ class Server:
             threads end with it, or with the process.
         """
         self._is_serving = False
-        self._health.set(is_serving=False)
+        self._tell_health()
         # Callers that go by health turn away now, and none of them is refused.
         await asyncio.sleep(self._config.drain_delay_s)
         deadline = time.monotonic() + self._config.grace_s

@@ -35,6 +35,7 @@ class SingleFlight(Generic[K, V]):
         *,
         capacity: int,
         share: int | None = None,
+        is_owners_alone: Callable[[BaseException], bool] = lambda _: False,
     ) -> None:
         """Starts empty.
 
@@ -43,8 +44,11 @@ class SingleFlight(Generic[K, V]):
             capacity: The most entries kept. One that belongs to nobody, "", goes last;
                 of one owner the least recently used goes first.
             share: The most that are kept of one owner; None for any.
+            is_owners_alone: Tells whether an entry could not be made for its owner
+                only; then others who wait ask for it themselves.
         """
         self._submit = submit
+        self._is_owners_alone = is_owners_alone
         self._capacity = capacity
         self._share = share
         self._entries: OrderedDict[K, _Entry[V]] = OrderedDict()
@@ -84,15 +88,19 @@ class SingleFlight(Generic[K, V]):
         Raises:
             Exception: Whatever `make` raises, to all who wait for it.
         """
-        entry = self._entries.get(key) or self._begun(key, make, owner)
-        self._entries.move_to_end(key)
-        entry.waiters += 1
-        try:
-            return await asyncio.shield(entry.made)
-        finally:
-            entry.waiters -= 1
-            if not entry.waiters and entry.making.cancel():
-                self._drop(key, entry)
+        while True:
+            entry = self._entries.get(key) or self._begun(key, make, owner)
+            self._entries.move_to_end(key)
+            entry.waiters += 1
+            try:
+                return await asyncio.shield(entry.made)
+            except Exception as error:
+                if entry.owner == owner or not self._is_owners_alone(error):
+                    raise
+            finally:
+                entry.waiters -= 1
+                if not entry.waiters and entry.making.cancel():
+                    self._drop(key, entry)
 
     def begin(self, key: K, make: Callable[[], V], on_made: Callable[[], None]) -> None:
         """Has an entry made that nobody waits for.

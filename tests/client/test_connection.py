@@ -2,10 +2,12 @@
 
 import asyncio
 import math
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -402,7 +404,6 @@ def client_calls(target: str, **options: Any) -> Iterator[Callable[[], object]]:
 
 AGAIN = [
     status(UNAVAILABLE, "SHUTTING_DOWN", 0.1),
-    status(UNAVAILABLE),
     status(grpc.StatusCode.CANCELLED),
     status(EXHAUSTED, "QUEUE_FULL", 0.01),
 ]
@@ -430,6 +431,80 @@ def test_what_is_sent_again(seen: tuple[Between, str], spoiled) -> None:
         handler.spoiled.append(spoiled)
         with pytest.raises((jacserve.UnavailableError, jacserve.OverloadedError)):
             client.jacobian("polar", X)
+
+
+MORTAL = """
+import os
+from concurrent.futures import ThreadPoolExecutor
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+def die(request, context):
+    os._exit(1)
+
+server = grpc.server(ThreadPoolExecutor(4))
+servicer = health.HealthServicer()
+servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+handlers = {
+    "Evaluate": grpc.unary_unary_rpc_method_handler(die),
+    "Session": grpc.stream_stream_rpc_method_handler(lambda requests, context: (
+        die(request, context) for request in requests
+    )),
+}
+server.add_registered_method_handlers("jacserve.v1.JacobianService", handlers)
+print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+server.start()
+server.wait_for_termination()
+"""
+
+
+@contextmanager
+def mortals(count: int) -> Iterator[tuple[list[str], Callable[[], int]]]:
+    """Servers that any query ends: their targets, and how many are left."""
+    command = [sys.executable, "-c", MORTAL]
+    started = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        for _ in range(count)
+    ]
+    try:
+        ports = [int(each.stdout.readline()) for each in started if each.stdout]
+        yield (
+            [f"127.0.0.1:{port}" for port in ports],
+            lambda: [each.poll() for each in started].count(None),
+        )
+    finally:
+        for each in started:
+            each.kill()
+            each.communicate()
+
+
+def test_a_query_that_ends_servers_is_kept_from_most_of_them() -> None:
+    for is_session in (False, True):
+        with mortals(4) as (targets, left), jacserve.Client(targets) as client:
+            with client.session() as session:
+                asked = session if is_session else client
+                with pytest.raises(jacserve.UnavailableError) as caught:
+                    asked.jacobian("polar", X, timeout_s=60)
+            assert caught.value.is_cut_off
+            assert left()
+
+
+def test_a_query_that_was_cut_off_is_sent_again_twice(seen: tuple[Between, str]) -> None:
+    handler, target = seen
+    with jacserve.Client(target, retries=10) as client:
+        handler.spoiled.extend([status(UNAVAILABLE)] * 2)
+        check(client.jacobian("polar", X))
+        handler.spoiled.extend([status(UNAVAILABLE)] * 3)
+        with pytest.raises(jacserve.UnavailableError):
+            client.jacobian("polar", X)
+        assert not handler.spoiled
+    with jacserve.Client("127.0.0.1:1", retries=4) as client:
+        start = time.monotonic()
+        with pytest.raises(jacserve.UnavailableError) as caught:
+            client.jacobian("polar", X)
+        assert not caught.value.is_cut_off
+        assert time.monotonic() - start >= 0.1 + 0.2 + 0.4 + 0.8
 
 
 @pytest.mark.parametrize(

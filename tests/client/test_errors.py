@@ -62,6 +62,7 @@ def test_the_tree_joins_the_builtin_one(kind, base) -> None:
         ("STREAM_IDLE", jacserve.UnavailableError),
         ("TIME_BUDGET_SPENT", jacserve.DeadlineError),
         ("WORKER_DIED", jacserve.ServerError),
+        ("WORKER_UNAVAILABLE", jacserve.UnavailableError),
         ("FUNCTION_QUARANTINED", jacserve.PreconditionError),
     ],
 )

@@ -1,17 +1,23 @@
 import asyncio
 import threading
 from concurrent.futures import CancelledError
+from contextlib import closing
 
 import pytest
 
-from jacserve_server.compile_turns import CompileTurns, owner_of
+from jacserve_server.compile_turns import (
+    CompileBudgets,
+    CompileTurns,
+    is_owners_alone,
+    owner_of,
+)
 from jacserve_server.errors import ServiceError
 from jacserve_server.single_flight import SingleFlight
 
 
-def run(scenario, **options) -> None:
+def run(scenario, *budget) -> None:
     async def main() -> None:
-        turns = CompileTurns(1, **options)
+        turns = CompileTurns(1, CompileBudgets(*budget))
         try:
             await asyncio.wait_for(scenario(turns), 20)
         finally:
@@ -27,7 +33,8 @@ def run(scenario, **options) -> None:
         ("token:ada", "token:ada"),
         ("token:ipv4:1.2.3.4:5", "token:ipv4:1.2.3.4:5"),
         ("ipv4:127.0.0.1:5123", "ipv4:127.0.0.1"),
-        ("ipv6:%5B::1%5D:5123", "ipv6:%5B::1%5D"),
+        ("ipv6:%5B2001:db8::7:8:9:a%5D:5123", "ipv6:2001:db8::/64"),
+        ("ipv6:%5Bfe80::1%25eth0%5D:5123", "ipv6:fe80::/64"),
         ("unix:", "unix:"),
     ],
 )
@@ -90,7 +97,63 @@ def test_a_budget_is_refilled_with_time() -> None:
         now[0] += 2.0
         assert await asyncio.wrap_future(turns.submit("ada", lambda: True))
 
-    run(scenario, budget_s=0.2, clock=lambda: now[0])
+    run(scenario, 0.2, lambda: now[0])
+
+
+def test_what_waits_when_a_budget_is_spent_is_not_begun() -> None:
+    begun: list[str] = []
+
+    async def scenario(turns: CompileTurns) -> None:
+        gate = threading.Event()
+
+        def compile_until() -> None:
+            gate.wait(10)
+            threading.Event().wait(0.3)
+
+        first = turns.submit("ada", compile_until)
+        flood = [turns.submit("ada", lambda: begun.append("ada")) for _ in range(20)]
+        other = turns.submit("bob", lambda: begun.append("bob"))
+        gate.set()
+        await asyncio.gather(*map(asyncio.wrap_future, [first, other]))
+        for each in flood:
+            with pytest.raises(ServiceError) as caught:
+                await asyncio.wrap_future(each)
+            assert caught.value.reason == "COMPILE_BUDGET_SPENT"
+        assert begun == ["bob"]
+
+    run(scenario, 0.2)
+
+
+def test_who_waits_for_an_entry_of_another_has_a_budget_of_its_own() -> None:
+    async def scenario(turns: CompileTurns) -> None:
+        cache = SingleFlight[str, str](
+            turns.submit, capacity=9, is_owners_alone=is_owners_alone
+        )
+        gate = threading.Event()
+        turns.submit("ada", lambda: gate.wait(10))
+        asking = [
+            asyncio.create_task(cache.get("entry", lambda: "made", owner))
+            for owner in ("ada", "bob", "eve")
+        ]
+        await asyncio.sleep(0.3)
+        gate.set()
+        refused, *made = await asyncio.gather(*asking, return_exceptions=True)
+        assert is_owners_alone(refused)
+        assert made == ["made"] * 2
+
+    run(scenario, 0.2)
+
+
+def test_one_budget_holds_for_all_who_compile() -> None:
+    async def main() -> None:
+        budgets, pause = CompileBudgets(0.2), threading.Event()
+        with closing(CompileTurns(1, budgets)) as one:
+            await asyncio.wrap_future(one.submit("ada", lambda: pause.wait(0.3)))
+        with closing(CompileTurns(1, budgets)) as other:
+            with pytest.raises(ServiceError, match=r"0.2 s in 3600 s"):
+                other.submit("ada", lambda: True)
+
+    asyncio.run(main())
 
 
 def test_what_fails_spends_too_and_its_error_comes_back() -> None:
@@ -104,7 +167,7 @@ def test_what_fails_spends_too_and_its_error_comes_back() -> None:
         with pytest.raises(ServiceError):
             turns.submit("ada", fail)
 
-    run(scenario, budget_s=0.01)
+    run(scenario, 0.01)
 
 
 def test_what_waits_is_cancelled_at_the_end() -> None:

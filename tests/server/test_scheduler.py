@@ -33,7 +33,7 @@ class FakeProgram(NamedTuple):
 
     @property
     def row_bytes(self) -> int:
-        return 3 * 2**20 if self.name == "large@1" else 8
+        return 3 * 2**20 if self.name in {"large@1", "greedy@1"} else 8
 
     @property
     def is_brief(self) -> bool:
@@ -78,7 +78,8 @@ class FakeExecutor:
         return asyncio.ensure_future(self._run(program, works))
 
     async def _run(self, program: FakeProgram, works: Any) -> Any:
-        if program.name == "hungry@1" and (self.is_full or self.hungry_fails):
+        is_hungry = program.name in {"hungry@1", "greedy@1"}
+        if is_hungry and (self.is_full or self.hungry_fails):
             raise ServiceError("DEVICE_OUT_OF_MEMORY", "there is no room")
         self.is_full = True
         try:
@@ -492,5 +493,29 @@ def test_what_has_no_memory_even_alone_fails() -> None:
         await first
         with pytest.raises(ServiceError, match="no room"):
             await hungry
+
+    run(main())
+
+
+def test_a_result_counts_once_however_often_it_is_tried() -> None:
+    async def main() -> None:
+        scheduler, executor = make(slots=2, max_queries=99, max_bytes=3 * 2**20)
+        executor.hungry_fails = True
+        others = [asyncio.create_task(call(scheduler)) for _ in range(6)]
+        greedy = asyncio.create_task(call(scheduler, client="other", name="greedy"))
+        executor.gate.set()
+        with pytest.raises(ServiceError, match="no room") as caught:
+            await greedy
+        assert caught.value.reason == "DEVICE_OUT_OF_MEMORY"
+        await asyncio.gather(*others)
+
+        # A batch keeps its place for the whole, which its parts are joined into.
+        inputs = (InputSpec((), "float64", is_batched=True),)
+        batch = Computation("greedy@1", ("value",), (), None, "matrix", inputs)
+        with scheduler.admitted(1) as ticket:
+            with pytest.raises(ServiceError, match="no room"):
+                await scheduler.submit(Work(batch, (np.zeros(8),), 8), ticket)
+            assert ticket.size_bytes == 1 + 23 * 2**20
+        assert scheduler.load.in_flight.size_bytes == 0
 
     run(main())

@@ -115,6 +115,7 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TIME_BUDGET_SPENT: _ClassVar[ErrorReason]
     WORKER_DIED: _ClassVar[ErrorReason]
     FUNCTION_QUARANTINED: _ClassVar[ErrorReason]
+    WORKER_UNAVAILABLE: _ClassVar[ErrorReason]
 QUANTITY_UNSPECIFIED: Quantity
 QUANTITY_VALUE: Quantity
 QUANTITY_JACOBIAN: Quantity
@@ -202,6 +203,7 @@ STREAM_IDLE: ErrorReason
 TIME_BUDGET_SPENT: ErrorReason
 WORKER_DIED: ErrorReason
 FUNCTION_QUARANTINED: ErrorReason
+WORKER_UNAVAILABLE: ErrorReason
 
 class Function(_message.Message):
     __slots__ = ("name", "documentation", "arguments", "results", "modes", "missing_modes", "preferred_mode", "max_batch", "measured_strategies", "sizes", "quarantine_reason", "isolation")

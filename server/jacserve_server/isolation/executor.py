@@ -19,7 +19,12 @@ import numpy as np
 
 from jacserve.tensors import Array
 from jacserve_server.coalescing import gathered, separated
-from jacserve_server.compile_turns import CompileTurns, owner_of
+from jacserve_server.compile_turns import (
+    CompileBudgets,
+    CompileTurns,
+    is_owners_alone,
+    owner_of,
+)
 from jacserve_server.errors import ServiceError
 from jacserve_server.executor import DeviceState, ProgramsState
 from jacserve_server.isolation.connection import Budget, Connection, Undertaking
@@ -113,7 +118,7 @@ class IsolatedExecutor:
         max_compile_s: float,
         max_execute_s: Callable[[str], float],
         max_owned_programs: int | None,
-        compile_budget_s: float,
+        compile_budgets: CompileBudgets,
     ) -> None:
         """Asks for nothing yet.
 
@@ -128,8 +133,7 @@ class IsolatedExecutor:
                 take, by its qualified name.
             max_owned_programs: How many are known that one client has first asked
                 for; None for any.
-            compile_budget_s: The seconds of compiling that one client may have in an
-                hour; 0 for any.
+            compile_budgets: The seconds of compiling that each client may have.
         """
         self.places = len(devices)
         self._devices = devices
@@ -142,11 +146,12 @@ class IsolatedExecutor:
         self._loop = asyncio.get_running_loop()
         # Each waits for the worker, so that no more is asked of it than it does at
         # once, and no budget is spent on waiting.
-        self._turns = CompileTurns(compile_threads, budget_s=compile_budget_s)
+        self._turns = CompileTurns(compile_threads, compile_budgets)
         self._programs = SingleFlight[ProgramKey, IsolatedProgram](
             self._turns.submit,
             capacity=max_programs,
             share=max_owned_programs,
+            is_owners_alone=is_owners_alone,
         )
         self._replicas = Replicas[IsolatedProgram](
             self._replica, self.places - 1, max_programs=max_programs

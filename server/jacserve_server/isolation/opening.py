@@ -4,6 +4,7 @@ import sys
 from typing import NamedTuple
 
 from jacserve_server.catalog import Catalog
+from jacserve_server.compile_turns import CompileBudgets
 from jacserve_server.config import Config
 from jacserve_server.executor import DeviceError, DeviceState
 from jacserve_server.isolation import origins
@@ -30,7 +31,10 @@ class OpenedWorker(NamedTuple):
 
 
 async def open_worker(
-    catalog: Catalog, config: Config, quarantine: Quarantine
+    catalog: Catalog,
+    config: Config,
+    quarantine: Quarantine,
+    compile_budgets: CompileBudgets,
 ) -> OpenedWorker:
     """Starts a worker process, and waits until it is ready.
 
@@ -38,6 +42,7 @@ async def open_worker(
         catalog: The functions.
         config: The settings.
         quarantine: What functions do to workers is counted there.
+        compile_budgets: The seconds of compiling that each client may have.
 
     Returns:
         The worker.
@@ -85,7 +90,7 @@ async def open_worker(
         max_compile_s=config.max_compile_s,
         max_execute_s=budgets_s.__getitem__,
         max_owned_programs=config.max_identity_programs,
-        compile_budget_s=config.compile_budget_s,
+        compile_budgets=compile_budgets,
     )
     return OpenedWorker(executor, supervisor, ready)
 

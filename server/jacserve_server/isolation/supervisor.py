@@ -104,6 +104,11 @@ class Supervisor:
         self._starts = 0
         self._last_failure = ""
         self._restarts: Counter[str] = Counter()
+        self._on_ability: Callable[[bool], None] = lambda _: None
+
+    def when_able(self, call: Callable[[bool], None]) -> None:
+        """Has a function told that no worker can be started, and that one was again."""
+        self._on_ability = call
 
     async def open(self) -> Ready:
         """Starts the first worker.
@@ -236,6 +241,7 @@ class Supervisor:
         self._device = ", ".join(greeting.devices)
         self._is_ready = True
         self._refusal = None
+        self._on_ability(True)
         self._tell()
         return greeting
 
@@ -282,6 +288,7 @@ class Supervisor:
                 self._last_failure = f"it can't be started: {error}"
                 self._refusal = _no_worker
                 self._suspects = []
+                self._on_ability(False)
                 self._tell()
                 delay_s = min(max(2 * delay_s, _FIRST_DELAY_S), _LONGEST_DELAY_S)
             else:
@@ -298,9 +305,9 @@ def _shutting_down() -> ServiceError:
 
 def _no_worker() -> ServiceError:
     return ServiceError(
-        "WORKER_DIED",
+        "WORKER_UNAVAILABLE",
         "the process that runs this function can't be started. Look into the server's "
-        "log, or try again later.",
+        "log; try again later, or another server.",
         retry_after_s=_LONGEST_DELAY_S,
     )
 
