@@ -3,6 +3,7 @@
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -74,6 +75,7 @@ def run(
         from jacserve.array_files import ArrayTextError
         from jacserve.client import Client
         from jacserve.errors import JacobianError
+        from jacserve_server.errors import ServiceError
         from jacserve_server.registration import build_catalog
         from jacserve_server.registry import RegistrationError
         from jacserve_server.running import serving
@@ -104,7 +106,7 @@ def run(
             serving(*registries, **settings) as server,
             Client(server.target) as client,
         ):
-            _forget_failed(client, output)
+            _forget_failed(client, folder, settings["jobs_database"], output)
             job = client.submit_job(
                 name,
                 points,
@@ -128,7 +130,7 @@ def run(
             f"{folder.name} is of a run with other options or other points. Repeat "
             f"that one, name another output, or remove {folder.name} and {output.name}."
         )
-    except ArrayTextError as error:
+    except (ArrayTextError, ServiceError) as error:
         fail(str(error))
     if ended.state == "succeeded":
         shutil.rmtree(folder, ignore_errors=True)
@@ -167,18 +169,28 @@ def _sources(
     return named or tuple(in_order)
 
 
-def _forget_failed(client: "Client", output: Path) -> None:
+def _forget_failed(client: "Client", folder: Path, database: str, output: Path) -> None:
     """Makes room for a new attempt where the last one has failed for good."""
     from jacserve.errors import NotFoundError
+    from jacserve_server.jobs import results
+    from jacserve_server.jobs.folder import JobFolder
+    from jacserve_server.jobs.storage import Location
+    from jacserve_server.jobs.table import JobTable
 
     try:
         job = client.job(_ID)
-        info = job.info()
     except NotFoundError:
         return
-    if info.state in {"failed", "cancelled"}:
-        job.delete()
-        shutil.rmtree(output, ignore_errors=True)
+    if job.info().state not in {"failed", "cancelled"}:
+        return
+    with closing(JobFolder(folder)) as own:
+        with closing(JobTable(database, own.id)) as table:
+            record = table.find(_ID)
+    if record is not None:
+        # What is there now may be the user's own.
+        location = Location(str(output.parent), output.name, f"output/{output.name}")
+        results.remove(location, record.uid)
+    job.delete()
 
 
 def _followed(job: "Job") -> "JobInfo":

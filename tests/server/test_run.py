@@ -1,10 +1,12 @@
 """`jacserve run`: jobs without a server, as a user runs them."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,6 +122,18 @@ def test_a_function_that_is_mended_starts_over(folder: Path) -> None:
     (folder / "functions.py").write_text(mended)
     status, errors = run(folder, "picky", "points.npy", "-q", "value")
     assert status == 0, errors
+
+
+def test_what_replaces_the_results_of_a_failed_run_stays(folder: Path) -> None:
+    asked = "picky", "points.npy", "-q", "value"
+    status, errors = run(folder, *asked)
+    assert (status, "a number is too large" in errors) == (1, True), errors
+    shutil.rmtree(folder / "out.zarr", ignore_errors=True)
+    zarr.create_array(folder / "out.zarr", data=np.arange(3.0))
+    status, errors = run(folder, *asked)
+    assert (status, "is there already" in errors) == (2, True), errors
+    array: Any = zarr.open_array(folder / "out.zarr", mode="r")
+    np.testing.assert_array_equal(array[:], np.arange(3.0))
 
 
 @pytest.mark.parametrize(
