@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from jacserve.command_line import Cast, MatrixLayout, Mode, Name, Quantities, Wrt
+from jacserve.command_line import (
+    Cast,
+    Cotangents,
+    Dtype,
+    MatrixLayout,
+    Mode,
+    Name,
+    Quantities,
+    Tangents,
+    Wrt,
+)
 from jacserve_server.command_line import DeviceName, fail, loaded, needing_server
 
 if TYPE_CHECKING:
@@ -50,6 +60,8 @@ def run(
     wrt: Wrt = None,
     mode: Mode = "auto",
     layout: MatrixLayout = None,
+    tangents: Tangents = None,
+    cotangents: Cotangents = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -60,6 +72,7 @@ def run(
         Literal["record", "fail"],
         typer.Option(help="Count points that give NaN or Inf, or fail at the first."),
     ] = "record",
+    dtype: Dtype = None,
     cast: Cast = False,
     device: DeviceName = None,
 ) -> None:
@@ -72,6 +85,7 @@ def run(
     spherical points.npy -o jacobians.zarr -q jacobian
     """
     with needing_server():
+        from jacserve import array_files
         from jacserve.array_files import ArrayTextError
         from jacserve.client import Client
         from jacserve.errors import JacobianError
@@ -107,6 +121,15 @@ def run(
             Client(server.target) as client,
         ):
             _forget_failed(client, folder, settings["jobs_database"], output)
+            function = client.describe(name)
+            if tangents:
+                options["tangents"] = array_files.read_inputs(
+                    tangents, function, dtype, mapped=True
+                )
+            if cotangents:
+                options["cotangents"] = array_files.read_cotangents(
+                    cotangents, function, dtype
+                )
             job = client.submit_job(
                 name,
                 points,

@@ -87,6 +87,16 @@ def test_it_computes_all_points_of_a_file(folder: Path) -> None:
     assert (status, "is there already" in errors) == (2, True)
 
 
+def test_products_with_a_vector(folder: Path) -> None:
+    inputs = "x=points.npy", "scale=scale.npy", "--wrt", "x"
+    vectors = "--tangent", "[1, 2]", "--cotangent", "[3, 4]", "--dtype", "float32"
+    status, errors = run(folder, "square", *inputs, *vectors, "-q", "jvp", "-q", "vjp")
+    assert status == 0, errors
+    slope = 6 * np.load(folder / "points.npy")
+    np.testing.assert_allclose(read(folder, "jvp"), slope * [1, 2], rtol=1e-5)
+    np.testing.assert_allclose(read(folder, "vjp"), slope * [3, 4], rtol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "end", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
