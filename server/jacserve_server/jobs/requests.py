@@ -126,7 +126,7 @@ def fit(
         )
     _check_ttl(spec.ttl)
     check_lengths(spec.query)  # Before as many files are opened.
-    query_message, places, identities = _with_shapes(spec.query, roots, uploads)
+    query_message, places = _with_shapes(spec.query, roots, uploads)
     query = decode_query(query_message, placeholder)
     _check_options(query)
     function = find(query.function)
@@ -154,22 +154,17 @@ def fit(
     )
     turn = identity or job
     task = Task(job, turn, work.computation, sources, work.batch, output)
-    return JobRequest(
-        spec.job_id, settled, task, query.require_finite, tuple(identities)
-    )
+    identities = tuple(place.identity for place in places if place.identity)
+    return JobRequest(spec.job_id, settled, task, query.require_finite, identities)
 
 
 def _with_shapes(
     query: pb.Query, roots: Mapping[str, str], uploads: Callable[[int], Location]
-) -> tuple[pb.Query, list[RowSource], list[str]]:
-    """Returns the query with tensors for its sources, and where all arrays are.
-
-    Also returns what the sources are identified by.
-    """
+) -> tuple[pb.Query, list[RowSource]]:
+    """Returns the query with tensors for its sources, and where all arrays are."""
     shaped = pb.Query()
     shaped.CopyFrom(query)
     places: list[RowSource] = []
-    identities: list[str] = []
     tensors_seen = 0
     for field, entry in _arrays(shaped):
         if entry.HasField("source"):
@@ -181,13 +176,14 @@ def _with_shapes(
                 )
             place = _located(entry.source, roots, f"{field}.source")
             _describe(entry.tensor, place, f"{field}.source")
-            identities.append(storage.identity(place.location, place.array))
+            identity = storage.identity(place.location, place.array)
+            place = replace(place, identity=identity)
             entry.ClearField("source")
         else:
             place = RowSource(uploads(tensors_seen), "", is_batched=False)
             tensors_seen += 1
         places.append(place)
-    return shaped, places, identities
+    return shaped, places
 
 
 def _arrays(query: pb.Query) -> Iterator[tuple[str, pb.Input | pb.Cotangent]]:

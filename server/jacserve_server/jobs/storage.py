@@ -443,6 +443,43 @@ def identity(location: Location, array: str = "") -> str:
         return f"{info.get('size')}-{version}"
 
 
+@contextlib.contextmanager
+def unchanged(location: Location, array: str, known: str) -> Iterator[None]:
+    """Checks, after a job has read a file, that it is still the one that it was.
+
+    Args:
+        location: A file, or a Zarr store.
+        array: The path of an array in a Zarr store.
+        known: Its identity when the job was made; "" for any.
+
+    Raises:
+        ServiceError: In place of whatever the block has raised, STORAGE_UNAVAILABLE
+            where the file is gone, as with a volume that is not mounted, and
+            SOURCE_UNREADABLE where it has changed.
+    """
+    try:
+        yield
+    finally:
+        try:
+            found = identity(location, array)
+        except ServiceError as error:
+            if error.reason != "SOURCE_UNREADABLE":
+                raise
+            raise ServiceError(
+                "STORAGE_UNAVAILABLE",
+                f"{location.name} is not there any more. Mount its volume, or bring it "
+                "back, and the job goes on by itself; or delete the job.",
+                path=location.name,
+            ) from error
+        if known and found != known:
+            raise ServiceError(
+                "SOURCE_UNREADABLE",
+                f"{location.name} has changed since the job was made. Submit the job "
+                "again.",
+                path=location.name,
+            )
+
+
 def remove(location: Location) -> None:
     """Removes a file, or a folder and all in it; nothing if it is not there.
 
