@@ -184,6 +184,36 @@ def test_points_that_vanish_may_come_back(sourced):
 
 
 @pytest.mark.slow
+def test_points_of_a_volume_that_is_not_mounted_hold_a_job_up(sourced):
+    """Its mount point is still there, and empty."""
+    home, root, x = sourced
+    server = home.start()
+    home.open(100)
+    create_sourced(server)
+    server.calls.until("a", lambda job: job.progress.done_count == 100)
+    away = root.with_name("away")
+    root.rename(away)
+    root.mkdir()
+    home.open()
+    job = server.calls.until("a", lambda job: job.HasField("error"))
+    assert (job.state, reason_of(job)) == (QUEUED, "STORAGE_UNAVAILABLE")
+    assert "data/x.npy is not there any more" in job.error.message
+    server.stop()
+    no_roots = home.start(JACSERVE_STORAGE_ROOTS="{}")
+    job = no_roots.calls.until("a", lambda job: "does not name" in job.error.message)
+    assert (job.state, reason_of(job)) == (QUEUED, "STORAGE_UNAVAILABLE")
+    no_roots.stop()
+    server = home.start()
+    # Held up as it is made ready, and not only in the midst of its chunks.
+    job = server.calls.until("a", lambda job: "not there" in job.error.message)
+    assert (job.state, reason_of(job)) == (QUEUED, "STORAGE_UNAVAILABLE")
+    root.rmdir()
+    away.rename(root)
+    server.calls.wait("a")
+    check_result(server.calls, "a", expected(x))
+
+
+@pytest.mark.slow
 def test_points_that_have_changed_fail_a_job(sourced):
     home, root, x = sourced
     server = home.start()

@@ -113,6 +113,35 @@ def locate(name: str, roots: Mapping[str, str], *, field: str) -> Location:
     return Location(roots[root_name], inner, f"{root_name}/{inner}")
 
 
+def locate_again(name: str, roots: Mapping[str, str], *, field: str) -> Location:
+    """Finds what a job names that was accepted once; see `locate`.
+
+    Args:
+        name: The name of a root and a path in it.
+        roots: The folders and URLs that may be named now.
+        field: As for `locate`.
+
+    Returns:
+        The location.
+
+    Raises:
+        ServiceError: STORAGE_UNAVAILABLE where the root is not configured any more, or
+            not on this one of several servers; otherwise as `locate`.
+    """
+    root_name = name.partition("/")[0]
+    if root_name not in roots:
+        raise ServiceError(
+            "STORAGE_UNAVAILABLE",
+            f"{name!r} is in the storage root {root_name}, which the server's "
+            "configuration does not name now. Name it there again, the same for all "
+            "servers that share the jobs, and the job goes on by itself; or delete "
+            "the job.",
+            field=field,
+            root=root_name,
+        )
+    return locate(name, roots, field=field)
+
+
 def relative_path(text: str) -> str:
     """Returns a path in a folder, normalised.
 
