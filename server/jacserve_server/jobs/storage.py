@@ -34,7 +34,8 @@ from jacserve_server.jobs.guarded_stores import GuardedStore
 
 _MAX_PATH_LENGTH = 1024
 # Of a folder, a Zarr store's documents, in the order in which Zarr looks for them.
-_DOCUMENTS = ("zarr.json", ".zarray", ".zgroup")
+_DESCRIPTION = "zarr.json"
+_DOCUMENTS = (_DESCRIPTION, ".zarray", ".zgroup")
 # Patterns to fsspec, or parts of an address to a web server.
 _NOT_IN_URLS = frozenset("*?[]{}#%&;|^`")
 # What a storage says of a file's version, the surest first.
@@ -512,6 +513,9 @@ def unchanged(location: Location, array: str, known: str) -> Iterator[None]:
 def remove(location: Location) -> None:
     """Removes a file, or a folder and all in it; nothing if it is not there.
 
+    Of a Zarr store its description goes last: one that is removed in part can still be
+    told from others, and removed.
+
     Args:
         location: Where it is. A link is removed, and not what it leads to.
 
@@ -521,6 +525,10 @@ def remove(location: Location) -> None:
     if _folder(location.root) is None:
         system, remote = _filesystem(location)
         with _transport_errors(location), contextlib.suppress(FileNotFoundError):
+            if system.isdir(remote):
+                for path in system.ls(remote, detail=False):
+                    if not path.endswith(f"/{_DESCRIPTION}"):
+                        system.rm(path, recursive=True)
             system.rm(remote, recursive=True)
         return
     with storage_errors(location):
@@ -528,11 +536,16 @@ def remove(location: Location) -> None:
         above = Location(location.root, parent, location.name)
         folder = _real_path(above) if parent else _real_root(location)
         path = folder / last
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+            return
         with contextlib.suppress(FileNotFoundError):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            for inner in path.iterdir():
+                if inner.is_dir() and not inner.is_symlink():
+                    shutil.rmtree(inner)
+                elif inner.name != _DESCRIPTION:
+                    inner.unlink(missing_ok=True)
+            shutil.rmtree(path)
 
 
 def zarr_store(
