@@ -175,9 +175,15 @@ def _sources(
     named: dict[str, Source] = {}
     for place, text in enumerate(texts):
         name, source = parse_source(text)
-        path = Path(source.path).absolute()
+        # Nothing may lead out of a storage root by a link, so that its end is named.
+        path = Path(source.path).resolve()
         if not path.exists():
             raise ArrayTextError(f"{source.path} is not there.")
+        if path.suffix.lower() != Path(source.path).suffix.lower():
+            raise ArrayTextError(
+                f"{source.path} is a link to {path.name}, whose name does not tell its "
+                "format. Name a copy of it, or link to a file with the same ending."
+            )
         root = f"{path.parent.name or 'root'}-{place}"
         roots[root] = str(path.parent)
         found = type(source)(f"{root}/{path.name}", source.array)

@@ -87,6 +87,18 @@ def test_it_computes_all_points_of_a_file(folder: Path) -> None:
     assert (status, "is there already" in errors) == (2, True)
 
 
+def test_inputs_may_be_links(folder: Path) -> None:
+    (folder / "links").mkdir()
+    (folder / "links" / "x.npy").symlink_to(folder / "points.npy")
+    status, errors = run(folder, "square", "x=links/x.npy", "scale=scale.npy")
+    assert status == 0, errors
+    (folder / "points.npy").rename(folder / "0f3a")
+    (folder / "points.npy").symlink_to("0f3a")
+    shutil.rmtree(folder / "out.zarr")
+    status, errors = run(folder, "square", "x=links/x.npy", "scale=scale.npy")
+    assert (status, "links/x.npy is a link to 0f3a" in errors) == (2, True), errors
+
+
 def test_products_with_a_vector(folder: Path) -> None:
     inputs = "x=points.npy", "scale=scale.npy", "--wrt", "x"
     vectors = "--tangent", "[1, 2]", "--cotangent", "[3, 4]", "--dtype", "float32"
