@@ -90,6 +90,7 @@ def run(
         from jacserve.client import Client
         from jacserve.errors import JacobianError
         from jacserve_server.errors import ServiceError
+        from jacserve_server.jobs.database import TableError
         from jacserve_server.registration import build_catalog
         from jacserve_server.registry import RegistrationError
         from jacserve_server.running import serving
@@ -116,6 +117,8 @@ def run(
     try:
         points = _sources(inputs, roots)
         build_catalog(registries)  # Its problems are the user's, not a server's.
+        if folder.exists():
+            _forget_hold_up(settings["jobs_database"])
         with (
             serving(*registries, **settings) as server,
             Client(server.target) as client,
@@ -153,7 +156,7 @@ def run(
             f"{folder.name} is of a run with other options or other points. Repeat "
             f"that one, name another output, or remove {folder.name} and {output.name}."
         )
-    except (ArrayTextError, ServiceError) as error:
+    except (ArrayTextError, ServiceError, TableError) as error:
         fail(str(error))
     if ended.state == "succeeded":
         shutil.rmtree(folder, ignore_errors=True)
@@ -196,6 +199,22 @@ def _sources(
     if named and in_order:
         raise ArrayTextError("Give all inputs by name, or none.")
     return named or tuple(in_order)
+
+
+def _forget_hold_up(database: str) -> None:
+    """Has the job tried at once: it is for that that the command is given again."""
+    from sqlalchemy import update
+
+    from jacserve_server.jobs import schema
+    from jacserve_server.jobs.database import Database
+
+    jobs = schema.jobs
+    with closing(Database(database)) as opened, opened.writing() as connection:
+        schema.prepare(connection)  # The last run may have ended before it did.
+        is_held_up = jobs.c.state == "queued"
+        connection.execute(
+            update(jobs).where(is_held_up).values(error=None, retry_at=None)
+        )
 
 
 def _forget_failed(client: "Client", folder: Path, database: str, output: Path) -> None:

@@ -3,8 +3,10 @@
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import pytest
 import zarr
 
 from interruptible import COMMAND
+from jacserve_server.errors import ServiceError
+from jacserve_server.statuses import status_of
 
 FUNCTIONS = """
 import jax, jax.numpy as jnp
@@ -109,6 +113,16 @@ def test_products_with_a_vector(folder: Path) -> None:
     np.testing.assert_allclose(read(folder, "vjp"), slope * [3, 4], rtol=1e-5)
 
 
+def hold_up(folder: Path) -> None:
+    """Leaves the job as one that is tried again in a few minutes."""
+    error = ServiceError("STORAGE_UNAVAILABLE", "The disk is full.")
+    status = status_of(error, "").SerializeToString()
+    with closing(sqlite3.connect(folder / "out.zarr.job" / "jobs.sqlite")) as table:
+        values = "state = 'queued', error = ?, retry_at = ?"
+        table.execute(f"update jacserve_jobs set {values}", (status, time.time() + 300))
+        table.commit()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "end", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
@@ -128,6 +142,8 @@ def test_the_same_command_goes_on(folder: Path, end: signal.Signals) -> None:
     before = {path: os.stat(path).st_mtime_ns for path in status_file.glob("c.*")}
     status, errors = run(folder, "slow", "points.npy", "-q", "jacobian")
     assert (status, "other options or other points" in errors) == (2, True)
+    if end == signal.SIGINT:
+        hold_up(folder)
     status, errors = run(folder, *asked)
     assert status == 0, errors
     kept = [path for path, at in before.items() if os.stat(path).st_mtime_ns == at]
