@@ -1,6 +1,7 @@
 """Batch jobs on storage that fills up or goes away, and of functions that change."""
 
 import json
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import closing
@@ -183,6 +184,36 @@ def test_points_that_vanish_may_come_back(sourced):
 
 
 @pytest.mark.slow
+def test_points_of_a_volume_that_is_not_mounted_hold_a_job_up(sourced):
+    """Its mount point is still there, and empty."""
+    home, root, x = sourced
+    server = home.start()
+    home.open(100)
+    create_sourced(server)
+    server.calls.until("a", lambda job: job.progress.done_count == 100)
+    away = root.with_name("away")
+    root.rename(away)
+    root.mkdir()
+    home.open()
+    job = server.calls.until("a", lambda job: job.HasField("error"))
+    assert (job.state, reason_of(job)) == (QUEUED, "STORAGE_UNAVAILABLE")
+    assert "data/x.npy is not there any more" in job.error.message
+    server.stop()
+    no_roots = home.start(JACSERVE_STORAGE_ROOTS="{}")
+    job = no_roots.calls.until("a", lambda job: "does not name" in job.error.message)
+    assert (job.state, reason_of(job)) == (QUEUED, "STORAGE_UNAVAILABLE")
+    no_roots.stop()
+    server = home.start()
+    # Held up as it is made ready, and not only in the midst of its chunks.
+    job = server.calls.until("a", lambda job: "not there" in job.error.message)
+    assert (job.state, reason_of(job)) == (QUEUED, "STORAGE_UNAVAILABLE")
+    root.rmdir()
+    away.rename(root)
+    server.calls.wait("a")
+    check_result(server.calls, "a", expected(x))
+
+
+@pytest.mark.slow
 def test_points_that_have_changed_fail_a_job(sourced):
     home, root, x = sourced
     server = home.start()
@@ -197,6 +228,24 @@ def test_points_that_have_changed_fail_a_job(sourced):
     check_result(server.calls, "a", expected(x[:100]))
 
 
+def test_points_that_change_while_a_job_runs_fail_it(sourced):
+    home, root, x = sourced
+    server = home.start()
+    home.open(100)
+    create_sourced(server)
+    server.calls.until("a", lambda job: job.progress.done_count == 100)
+    with (root / "x.npy").open("r+b") as file:
+        file.seek(-x.nbytes, os.SEEK_END)
+        file.write((x + 1.0).tobytes())
+    home.open()
+    job = server.calls.wait("a", FAILED)
+    assert reason_of(job) == "SOURCE_UNREADABLE"
+    assert "data/x.npy has changed" in job.error.message
+    done = job.progress.ready_count
+    assert 100 <= done < len(x)
+    check_result(server.calls, "a", expected(x[:done]))
+
+
 @pytest.mark.slow
 def test_points_that_are_cut_off_fail_a_job(sourced):
     home, root, x = sourced
@@ -209,7 +258,7 @@ def test_points_that_are_cut_off_fail_a_job(sourced):
     home.open()
     job = server.calls.wait("a", FAILED)
     assert reason_of(job) == "SOURCE_UNREADABLE"
-    assert "cut off" in job.error.message
+    assert "data/x.npy has changed" in job.error.message
     check_result(server.calls, "a", expected(x[:100]))
 
 

@@ -38,7 +38,7 @@ from jacserve.job_reading import (
     decode_rows,
     next_stop,
 )
-from jacserve.patience import RESEND_AFTER_S, Patience
+from jacserve.patience import RESEND_AFTER_S, Patience, passes
 from jacserve.queries import sparse_layout_of, timeout_of
 from jacserve.results import Result
 from jacserve.sparse import SparseLayout
@@ -317,5 +317,7 @@ class AsyncJob:
         while True:
             try:
                 return await read()
-            except UnavailableError as error:
+            except JacobianError as error:
+                if not passes(error):
+                    raise
                 await asyncio.sleep(patience.wait_s(error))

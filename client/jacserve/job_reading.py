@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jacserve.errors import DeadlineError, JacobianError, UnavailableError, readable
 from jacserve.evaluation import Received
 from jacserve.job_messages import JobInfo, decode_job
-from jacserve.patience import Patience
+from jacserve.patience import Patience, passes
 from jacserve.results import Result, decode_opened
 from jacserve.sparse import SparseLayout
 from jacserve.v1 import jobs_pb2
@@ -15,7 +15,7 @@ from jacserve.vocabulary import Quantity
 
 Quantities = Quantity | Sequence[Quantity] | None
 
-# For how long a server may be away, as when it is started anew.
+# For how long a server may be away, as when it is started anew, or its storage.
 PATIENCE_S = 60.0
 
 # A stream is opened anew after this, lest a connection that has died without a word is
@@ -94,7 +94,7 @@ class News:
         Args:
             last: What is known of the job.
             target: The server's address.
-            patience_s: For how long the server may be away at a time.
+            patience_s: For how long the server or its storage may be away at a time.
             timeout_s: For how long to follow; None for as long as it takes.
         """
         self.last = last
@@ -154,7 +154,7 @@ class News:
                 raise self._too_late() from error
             if self._is_heard:
                 return 0.0
-        elif error is not None and not isinstance(error, UnavailableError):
+        elif error is not None and not passes(error):
             raise error
         pause_s = self._patience.wait_s(error or self._cut_short())
         return pause_s if remaining_s is None else min(pause_s, remaining_s)

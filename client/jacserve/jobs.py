@@ -35,7 +35,7 @@ from jacserve.job_reading import (
     decode_rows,
     next_stop,
 )
-from jacserve.patience import RESEND_AFTER_S, Patience
+from jacserve.patience import RESEND_AFTER_S, Patience, passes
 from jacserve.queries import sparse_layout_of, timeout_of
 from jacserve.results import Result
 from jacserve.sparse import SparseLayout
@@ -206,14 +206,15 @@ class Job:
         """Follows the job until it ends.
 
         Args:
-            patience_s: For how long the server may be away at a time, as when it is
-                started anew: the job goes on then, and so does this.
+            patience_s: For how long the server or its storage may be away at a time,
+                as when it is started anew: the job goes on then, and so does this.
 
         Yields:
             What the server says now, and again whenever the job has got further.
 
         Raises:
             UnavailableError: The server has been away for too long.
+            PreconditionError: Its storage has; its reason is "STORAGE_UNAVAILABLE".
         """
         return self._news(patience_s, None)
 
@@ -429,5 +430,7 @@ class Job:
         while True:
             try:
                 return read()
-            except UnavailableError as error:
+            except JacobianError as error:
+                if not passes(error):
+                    raise
                 time.sleep(patience.wait_s(error))

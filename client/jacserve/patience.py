@@ -3,7 +3,7 @@
 import random
 import time
 
-from jacserve.errors import JacobianError
+from jacserve.errors import JacobianError, UnavailableError
 
 _FIRST_S = 0.2
 _LONGEST_S = 5.0
@@ -12,6 +12,19 @@ _LONGEST_S = 5.0
 RESEND_AFTER_S = (0.2, 0.5, 1.0)
 _RETRY_AFTER_S = 0.1
 _LONGEST_RETRY_S = 1.0
+
+
+def passes(error: JacobianError) -> bool:
+    """Tells whether a job can be asked for again later, with another answer.
+
+    Args:
+        error: What a call has failed with.
+
+    Returns:
+        Whether the server is away, or its storage is.
+    """
+    is_away = isinstance(error, UnavailableError)
+    return is_away or error.reason == "STORAGE_UNAVAILABLE"
 
 
 def retry_after_s(attempt: int, told_s: float = 0.0) -> float:
@@ -35,7 +48,7 @@ class Patience:
         """Starts with all of it.
 
         Args:
-            patience_s: For how long a server may be away at a time.
+            patience_s: For how long a server or its storage may be away at a time.
         """
         self._patience_s = patience_s
         self.renew()

@@ -3,12 +3,23 @@
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from jacserve.command_line import Cast, MatrixLayout, Mode, Name, Quantities, Wrt
+from jacserve.command_line import (
+    Cast,
+    Cotangents,
+    Dtype,
+    MatrixLayout,
+    Mode,
+    Name,
+    Quantities,
+    Tangents,
+    Wrt,
+)
 from jacserve_server.command_line import DeviceName, fail, loaded, needing_server
 
 if TYPE_CHECKING:
@@ -49,6 +60,8 @@ def run(
     wrt: Wrt = None,
     mode: Mode = "auto",
     layout: MatrixLayout = None,
+    tangents: Tangents = None,
+    cotangents: Cotangents = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -59,6 +72,7 @@ def run(
         Literal["record", "fail"],
         typer.Option(help="Count points that give NaN or Inf, or fail at the first."),
     ] = "record",
+    dtype: Dtype = None,
     cast: Cast = False,
     device: DeviceName = None,
 ) -> None:
@@ -71,9 +85,12 @@ def run(
     spherical points.npy -o jacobians.zarr -q jacobian
     """
     with needing_server():
+        from jacserve import array_files
         from jacserve.array_files import ArrayTextError
         from jacserve.client import Client
         from jacserve.errors import JacobianError
+        from jacserve_server.errors import ServiceError
+        from jacserve_server.jobs.database import TableError
         from jacserve_server.registration import build_catalog
         from jacserve_server.registry import RegistrationError
         from jacserve_server.running import serving
@@ -100,11 +117,22 @@ def run(
     try:
         points = _sources(inputs, roots)
         build_catalog(registries)  # Its problems are the user's, not a server's.
+        if folder.exists():
+            _forget_hold_up(settings["jobs_database"])
         with (
             serving(*registries, **settings) as server,
             Client(server.target) as client,
         ):
-            _forget_failed(client, output)
+            _forget_failed(client, folder, settings["jobs_database"], output)
+            function = client.describe(name)
+            if tangents:
+                options["tangents"] = array_files.read_inputs(
+                    tangents, function, dtype, mapped=True
+                )
+            if cotangents:
+                options["cotangents"] = array_files.read_cotangents(
+                    cotangents, function, dtype
+                )
             job = client.submit_job(
                 name,
                 points,
@@ -128,7 +156,7 @@ def run(
             f"{folder.name} is of a run with other options or other points. Repeat "
             f"that one, name another output, or remove {folder.name} and {output.name}."
         )
-    except ArrayTextError as error:
+    except (ArrayTextError, ServiceError, TableError) as error:
         fail(str(error))
     if ended.state == "succeeded":
         shutil.rmtree(folder, ignore_errors=True)
@@ -150,9 +178,15 @@ def _sources(
     named: dict[str, Source] = {}
     for place, text in enumerate(texts):
         name, source = parse_source(text)
-        path = Path(source.path).absolute()
+        # Nothing may lead out of a storage root by a link, so that its end is named.
+        path = Path(source.path).resolve()
         if not path.exists():
             raise ArrayTextError(f"{source.path} is not there.")
+        if path.suffix.lower() != Path(source.path).suffix.lower():
+            raise ArrayTextError(
+                f"{source.path} is a link to {path.name}, whose name does not tell its "
+                "format. Name a copy of it, or link to a file with the same ending."
+            )
         root = f"{path.parent.name or 'root'}-{place}"
         roots[root] = str(path.parent)
         found = type(source)(f"{root}/{path.name}", source.array)
@@ -167,18 +201,44 @@ def _sources(
     return named or tuple(in_order)
 
 
-def _forget_failed(client: "Client", output: Path) -> None:
+def _forget_hold_up(database: str) -> None:
+    """Has the job tried at once: it is for that that the command is given again."""
+    from sqlalchemy import update
+
+    from jacserve_server.jobs import schema
+    from jacserve_server.jobs.database import Database
+
+    jobs = schema.jobs
+    with closing(Database(database)) as opened, opened.writing() as connection:
+        schema.prepare(connection)  # The last run may have ended before it did.
+        is_held_up = jobs.c.state == "queued"
+        connection.execute(
+            update(jobs).where(is_held_up).values(error=None, retry_at=None)
+        )
+
+
+def _forget_failed(client: "Client", folder: Path, database: str, output: Path) -> None:
     """Makes room for a new attempt where the last one has failed for good."""
     from jacserve.errors import NotFoundError
+    from jacserve_server.jobs import results
+    from jacserve_server.jobs.folder import JobFolder
+    from jacserve_server.jobs.storage import Location
+    from jacserve_server.jobs.table import JobTable
 
     try:
         job = client.job(_ID)
-        info = job.info()
     except NotFoundError:
         return
-    if info.state in {"failed", "cancelled"}:
-        job.delete()
-        shutil.rmtree(output, ignore_errors=True)
+    if job.info().state not in {"failed", "cancelled"}:
+        return
+    with closing(JobFolder(folder)) as own:
+        with closing(JobTable(database, own.id)) as table:
+            record = table.find(_ID)
+    if record is not None:
+        # What is there now may be the user's own.
+        location = Location(str(output.parent), output.name, f"output/{output.name}")
+        results.remove(location, record.uid)
+    job.delete()
 
 
 def _followed(job: "Job") -> "JobInfo":

@@ -3,11 +3,12 @@
 import asyncio
 import re
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Generator
 from concurrent import futures
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -425,6 +426,51 @@ def test_a_job_outlives_its_server(tmp_path: Path) -> None:
                 np.testing.assert_array_equal(whole.result(60).value[:, 0], points)
     assert seen[-1] == "succeeded"
     np.testing.assert_array_equal(np.concatenate(found)[:, 0], points)
+
+
+@contextmanager
+def table_away(folder: Path) -> Generator[None]:
+    """Has the server find no table for a while, as of a database that is away."""
+    with closing(sqlite3.connect(folder / "jobs.sqlite")) as database:
+        database.execute("alter table jacserve_jobs rename to away")
+        database.commit()
+        yield
+        database.execute("alter table away rename to jacserve_jobs")
+        database.commit()
+
+
+@contextmanager
+def results_away(folder: Path) -> Generator[None]:
+    (folder / "results").rename(folder / "away")
+    yield
+    (folder / "away").rename(folder / "results")
+
+
+@pytest.mark.parametrize("away", [table_away, results_away])
+def test_a_job_outlives_its_storage(client, folder: Path, away: Any) -> None:
+    job = client.submit_job("square", POINTS, quantities="value")
+    client.job(job.id).wait()  # So that the other has yet to ask how it is.
+    with futures.ThreadPoolExecutor(1) as pool:
+        with away(folder / "jobs"):
+            found = pool.submit(job.result)
+            assert not futures.wait([found], 0.5).done
+        np.testing.assert_array_equal(found.result(60).value, POINTS**2)
+
+
+@pytest.mark.parametrize("away", [table_away, results_away])
+def test_an_asyncio_job_outlives_its_storage(
+    target: str, folder: Path, away: Any
+) -> None:
+    async def ask() -> None:
+        async with jacserve.AsyncClient(target, timeout_s=60.0) as client:
+            job = await client.submit_job("square", POINTS, quantities="value")
+            await (await client.job(job.id)).wait()
+            with away(folder / "jobs"):
+                found = asyncio.create_task(job.result())
+                assert not (await asyncio.wait([found], timeout=0.5))[0]
+            np.testing.assert_array_equal((await found).value, POINTS**2)
+
+    asyncio.run(ask())
 
 
 # --- The asyncio client ---------------------------------------------------------------

@@ -1,16 +1,22 @@
 """`jacserve run`: jobs without a server, as a user runs them."""
 
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import time
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import zarr
 
 from interruptible import COMMAND
+from jacserve_server.errors import ServiceError
+from jacserve_server.statuses import status_of
 
 FUNCTIONS = """
 import jax, jax.numpy as jnp
@@ -85,6 +91,38 @@ def test_it_computes_all_points_of_a_file(folder: Path) -> None:
     assert (status, "is there already" in errors) == (2, True)
 
 
+def test_inputs_may_be_links(folder: Path) -> None:
+    (folder / "links").mkdir()
+    (folder / "links" / "x.npy").symlink_to(folder / "points.npy")
+    status, errors = run(folder, "square", "x=links/x.npy", "scale=scale.npy")
+    assert status == 0, errors
+    (folder / "points.npy").rename(folder / "0f3a")
+    (folder / "points.npy").symlink_to("0f3a")
+    shutil.rmtree(folder / "out.zarr")
+    status, errors = run(folder, "square", "x=links/x.npy", "scale=scale.npy")
+    assert (status, "links/x.npy is a link to 0f3a" in errors) == (2, True), errors
+
+
+def test_products_with_a_vector(folder: Path) -> None:
+    inputs = "x=points.npy", "scale=scale.npy", "--wrt", "x"
+    vectors = "--tangent", "[1, 2]", "--cotangent", "[3, 4]", "--dtype", "float32"
+    status, errors = run(folder, "square", *inputs, *vectors, "-q", "jvp", "-q", "vjp")
+    assert status == 0, errors
+    slope = 6 * np.load(folder / "points.npy")
+    np.testing.assert_allclose(read(folder, "jvp"), slope * [1, 2], rtol=1e-5)
+    np.testing.assert_allclose(read(folder, "vjp"), slope * [3, 4], rtol=1e-5)
+
+
+def hold_up(folder: Path) -> None:
+    """Leaves the job as one that is tried again in a few minutes."""
+    error = ServiceError("STORAGE_UNAVAILABLE", "The disk is full.")
+    status = status_of(error, "").SerializeToString()
+    with closing(sqlite3.connect(folder / "out.zarr.job" / "jobs.sqlite")) as table:
+        values = "state = 'queued', error = ?, retry_at = ?"
+        table.execute(f"update jacserve_jobs set {values}", (status, time.time() + 300))
+        table.commit()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "end", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
@@ -104,6 +142,8 @@ def test_the_same_command_goes_on(folder: Path, end: signal.Signals) -> None:
     before = {path: os.stat(path).st_mtime_ns for path in status_file.glob("c.*")}
     status, errors = run(folder, "slow", "points.npy", "-q", "jacobian")
     assert (status, "other options or other points" in errors) == (2, True)
+    if end == signal.SIGINT:
+        hold_up(folder)
     status, errors = run(folder, *asked)
     assert status == 0, errors
     kept = [path for path, at in before.items() if os.stat(path).st_mtime_ns == at]
@@ -120,6 +160,18 @@ def test_a_function_that_is_mended_starts_over(folder: Path) -> None:
     (folder / "functions.py").write_text(mended)
     status, errors = run(folder, "picky", "points.npy", "-q", "value")
     assert status == 0, errors
+
+
+def test_what_replaces_the_results_of_a_failed_run_stays(folder: Path) -> None:
+    asked = "picky", "points.npy", "-q", "value"
+    status, errors = run(folder, *asked)
+    assert (status, "a number is too large" in errors) == (1, True), errors
+    shutil.rmtree(folder / "out.zarr", ignore_errors=True)
+    zarr.create_array(folder / "out.zarr", data=np.arange(3.0))
+    status, errors = run(folder, *asked)
+    assert (status, "is there already" in errors) == (2, True), errors
+    array: Any = zarr.open_array(folder / "out.zarr", mode="r")
+    np.testing.assert_array_equal(array[:], np.arange(3.0))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from jacserve_server.jobs.plans import Chunk, ChunkReport, RowSource, Task
 from jacserve_server.jobs.results import Results
 from jacserve_server.jobs.sizing import Sizes, choose_sizes
 from jacserve_server.jobs.sources import Source, open_source
+from jacserve_server.jobs.storage import unchanged
 from jacserve_server.jobs.threads import in_thread
 from jacserve_server.scheduler import Scheduler
 from jacserve_server.work import InputSpec, Outcome, ProgramKey, Work
@@ -331,12 +332,15 @@ class _OpenSource:
         with self._lock:
             if self._shared is not None:
                 return self._shared
-            if self._opened is None:
-                self._opened = open_source(self._source.location, self._source.array)
-            if self._source.is_batched:
-                return self._opened.read(start, stop)
-            self._shared = self._opened.read_all()
-            return self._shared
+            source = self._source
+            with unchanged(source.location, source.array, source.identity):
+                if self._opened is None:
+                    self._opened = open_source(source.location, source.array)
+                if source.is_batched:
+                    return self._opened.read(start, stop)
+                shared = self._opened.read_all()
+            self._shared = shared
+            return shared
 
     def close(self) -> None:
         with self._lock:

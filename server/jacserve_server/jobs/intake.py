@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,9 +18,15 @@ from jacserve_server.errors import ServiceError
 from jacserve_server.jobs import storage
 from jacserve_server.jobs.folder import JobFolder
 from jacserve_server.jobs.records import JobRecord, NewJob
-from jacserve_server.jobs.requests import JobRequest, check_id, fit, spec_of
+from jacserve_server.jobs.requests import (
+    JobRequest,
+    check_id,
+    fit,
+    spec_of,
+    unchanged_files,
+)
 from jacserve_server.jobs.results import occupied
-from jacserve_server.jobs.storage import Location, locate
+from jacserve_server.jobs.storage import Location, locate, locate_again
 from jacserve_server.jobs.table import JobTable
 from jacserve_server.jobs.threads import InThread
 from jacserve_server.jobs.uploads import Upload
@@ -86,7 +92,7 @@ class Intake:
         spec.job_id = check_id(spec.job_id)
         self._check_size(sum(hole.size for hole in holes))
         uid = uuid.uuid4().hex
-        output = self._output(spec, uid)
+        output = self._output(spec, uid, locate)
         request = await self._in_pool(self._fit, spec, uid, output, identity)
         digest = hashlib.sha256(request.to_bytes()).hexdigest()
         existing = await self._in_table(self._table.find, spec.job_id, identity)
@@ -118,24 +124,20 @@ class Intake:
             The request, as it was fitted when the job was made.
 
         Raises:
-            ServiceError: It does not fit any more, or what it reads has changed.
+            ServiceError: It does not fit any more, or what it reads has changed; or,
+                as STORAGE_UNAVAILABLE, what it reads or writes is not there now.
         """
-        spec, uid = spec_of(record.request), record.uid
-        output = self._output(spec, uid)
-        request = await self._in_pool(self._fit, spec, uid, output, record.identity)
-        # What depends on the clock of a file or on its size is not the same any more.
-        if request.to_bytes() != record.request:
-            raise ServiceError(
-                "SOURCE_UNREADABLE",
-                "a file that the job reads has changed since the job was made. Submit "
-                "the job again.",
-                job=f"jobs/{record.job_id}",
-            )
-        return request
+        output = self.output(record)
+        return await self._in_pool(self._refit, record, output)
 
     def output(self, record: JobRecord) -> Location:
         """Returns where the results of a job are."""
-        return self._output(spec_of(record.request), record.uid)
+        return self._output(spec_of(record.request), record.uid, locate_again)
+
+    def _refit(self, record: JobRecord, output: Location) -> JobRequest:
+        with unchanged_files(record.request, self._config.storage_roots):
+            spec = spec_of(record.request)
+            return self._fit(spec, record.uid, output, record.identity)
 
     def _fit(
         self, spec: jobs_pb2.JobSpec, uid: str, output: Location, identity: str
@@ -150,10 +152,12 @@ class Intake:
             identity,
         )
 
-    def _output(self, spec: jobs_pb2.JobSpec, uid: str) -> Location:
+    def _output(
+        self, spec: jobs_pb2.JobSpec, uid: str, find: Callable[..., Location]
+    ) -> Location:
         if not spec.output:
             return self._folder.results(uid)
-        output = locate(spec.output, self._config.result_roots, field="output")
+        output = find(spec.output, self._config.result_roots, field="output")
         if not output.path.endswith(".zarr"):
             raise ServiceError(
                 "MALFORMED_REQUEST",

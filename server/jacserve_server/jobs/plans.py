@@ -20,11 +20,13 @@ class RowSource:
         location: The file or store.
         array: Which array of it; "" where there is one only.
         is_batched: Whether it has one row for each point; else all points share it.
+        identity: Tells it from what may be there later; "" where that is not known.
     """
 
     location: Location
     array: str
     is_batched: bool
+    identity: str = ""
 
 
 @dataclass(frozen=True, slots=True)

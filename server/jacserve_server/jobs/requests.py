@@ -5,6 +5,7 @@ import math
 import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +19,7 @@ from jacserve_server.errors import ServiceError
 from jacserve_server.jobs import storage
 from jacserve_server.jobs.plans import RowSource, Task
 from jacserve_server.jobs.sources import open_source
-from jacserve_server.jobs.storage import Location, locate
+from jacserve_server.jobs.storage import Location, locate, locate_again
 from jacserve_server.messages import check_lengths, decode_query, placeholder
 from jacserve_server.planning import Plan, plan
 from jacserve_server.query import Query
@@ -58,6 +59,29 @@ class JobRequest:
 def spec_of(kept: bytes) -> jobs_pb2.JobSpec:
     """Returns the message of a request that the table has kept."""
     return jobs_pb2.JobSpec.FromString(bytes.fromhex(json.loads(kept)["spec"]))
+
+
+@contextmanager
+def unchanged_files(kept: bytes, roots: Mapping[str, str]) -> Iterator[None]:
+    """Checks, after it is fitted anew, that a request reads what it has read before.
+
+    Args:
+        kept: The request as the table has kept it.
+        roots: The storage roots that may be read now.
+
+    Raises:
+        ServiceError: In place of whatever the block has raised: STORAGE_UNAVAILABLE
+            where a file or its root is gone, SOURCE_UNREADABLE where a file has
+            changed.
+    """
+    arrays = _arrays(spec_of(kept).query)
+    named = [(field, array.source) for field, array in arrays if _is_named(array)]
+    with ExitStack() as stack:
+        identities = json.loads(kept)["identities"]
+        for (field, source), identity in zip(named, identities, strict=True):
+            location = locate_again(source.path, roots, field=f"{field}.source.path")
+            stack.enter_context(storage.unchanged(location, source.array, identity))
+        yield
 
 
 def check_id(job_id: str) -> str:
@@ -126,7 +150,7 @@ def fit(
         )
     _check_ttl(spec.ttl)
     check_lengths(spec.query)  # Before as many files are opened.
-    query_message, places, identities = _with_shapes(spec.query, roots, uploads)
+    query_message, places = _with_shapes(spec.query, roots, uploads)
     query = decode_query(query_message, placeholder)
     _check_options(query)
     function = find(query.function)
@@ -154,25 +178,20 @@ def fit(
     )
     turn = identity or job
     task = Task(job, turn, work.computation, sources, work.batch, output)
-    return JobRequest(
-        spec.job_id, settled, task, query.require_finite, tuple(identities)
-    )
+    identities = tuple(place.identity for place in places if place.identity)
+    return JobRequest(spec.job_id, settled, task, query.require_finite, identities)
 
 
 def _with_shapes(
     query: pb.Query, roots: Mapping[str, str], uploads: Callable[[int], Location]
-) -> tuple[pb.Query, list[RowSource], list[str]]:
-    """Returns the query with tensors for its sources, and where all arrays are.
-
-    Also returns what the sources are identified by.
-    """
+) -> tuple[pb.Query, list[RowSource]]:
+    """Returns the query with tensors for its sources, and where all arrays are."""
     shaped = pb.Query()
     shaped.CopyFrom(query)
     places: list[RowSource] = []
-    identities: list[str] = []
     tensors_seen = 0
     for field, entry in _arrays(shaped):
-        if entry.HasField("source"):
+        if _is_named(entry):
             if entry.HasField("tensor"):
                 raise ServiceError(
                     "MALFORMED_REQUEST",
@@ -181,13 +200,18 @@ def _with_shapes(
                 )
             place = _located(entry.source, roots, f"{field}.source")
             _describe(entry.tensor, place, f"{field}.source")
-            identities.append(storage.identity(place.location, place.array))
+            identity = storage.identity(place.location, place.array)
+            place = replace(place, identity=identity)
             entry.ClearField("source")
         else:
             place = RowSource(uploads(tensors_seen), "", is_batched=False)
             tensors_seen += 1
         places.append(place)
-    return shaped, places, identities
+    return shaped, places
+
+
+def _is_named(entry: pb.Input | pb.Cotangent) -> bool:
+    return entry.HasField("source")
 
 
 def _arrays(query: pb.Query) -> Iterator[tuple[str, pb.Input | pb.Cotangent]]:

@@ -153,11 +153,29 @@ def _make_room(task: Task) -> None:
     location = task.output
     if not storage.exists(location):
         return
-    found = _job_of(location)
-    if found == task.job:
-        storage.remove(location)
-    elif found is not None or not _is_empty(location):
+    if remove(location, task.job):
+        return
+    if _job_of(location) is not None or not _is_empty(location):
         raise occupied(location)
+
+
+def remove(location: Location, job: str) -> bool:
+    """Removes a job's store; nothing if what is there is anything else.
+
+    Args:
+        location: Where it is.
+        job: Whose store it is, if it is one: the job's uid.
+
+    Returns:
+        Whether it was.
+
+    Raises:
+        ServiceError: It can't be told, or can't be removed.
+    """
+    if _job_of(location) != job:
+        return False
+    storage.remove(location)
+    return True
 
 
 def _job_of(location: Location) -> Any:

@@ -34,7 +34,8 @@ from jacserve_server.jobs.guarded_stores import GuardedStore
 
 _MAX_PATH_LENGTH = 1024
 # Of a folder, a Zarr store's documents, in the order in which Zarr looks for them.
-_DOCUMENTS = ("zarr.json", ".zarray", ".zgroup")
+_DESCRIPTION = "zarr.json"
+_DOCUMENTS = (_DESCRIPTION, ".zarray", ".zgroup")
 # Patterns to fsspec, or parts of an address to a web server.
 _NOT_IN_URLS = frozenset("*?[]{}#%&;|^`")
 # What a storage says of a file's version, the surest first.
@@ -111,6 +112,35 @@ def locate(name: str, roots: Mapping[str, str], *, field: str) -> Location:
             path=path,
         ) from error
     return Location(roots[root_name], inner, f"{root_name}/{inner}")
+
+
+def locate_again(name: str, roots: Mapping[str, str], *, field: str) -> Location:
+    """Finds what a job names that was accepted once; see `locate`.
+
+    Args:
+        name: The name of a root and a path in it.
+        roots: The folders and URLs that may be named now.
+        field: As for `locate`.
+
+    Returns:
+        The location.
+
+    Raises:
+        ServiceError: STORAGE_UNAVAILABLE where the root is not configured any more, or
+            not on this one of several servers; otherwise as `locate`.
+    """
+    root_name = name.partition("/")[0]
+    if root_name not in roots:
+        raise ServiceError(
+            "STORAGE_UNAVAILABLE",
+            f"{name!r} is in the storage root {root_name}, which the server's "
+            "configuration does not name now. Name it there again, the same for all "
+            "servers that share the jobs, and the job goes on by itself; or delete "
+            "the job.",
+            field=field,
+            root=root_name,
+        )
+    return locate(name, roots, field=field)
 
 
 def relative_path(text: str) -> str:
@@ -443,8 +473,48 @@ def identity(location: Location, array: str = "") -> str:
         return f"{info.get('size')}-{version}"
 
 
+@contextlib.contextmanager
+def unchanged(location: Location, array: str, known: str) -> Iterator[None]:
+    """Checks, after a job has read a file, that it is still the one that it was.
+
+    Args:
+        location: A file, or a Zarr store.
+        array: The path of an array in a Zarr store.
+        known: Its identity when the job was made; "" for any.
+
+    Raises:
+        ServiceError: In place of whatever the block has raised, STORAGE_UNAVAILABLE
+            where the file is gone, as with a volume that is not mounted, and
+            SOURCE_UNREADABLE where it has changed.
+    """
+    try:
+        yield
+    finally:
+        try:
+            found = identity(location, array)
+        except ServiceError as error:
+            if error.reason != "SOURCE_UNREADABLE":
+                raise
+            raise ServiceError(
+                "STORAGE_UNAVAILABLE",
+                f"{location.name} is not there any more. Mount its volume, or bring it "
+                "back, and the job goes on by itself; or delete the job.",
+                path=location.name,
+            ) from error
+        if known and found != known:
+            raise ServiceError(
+                "SOURCE_UNREADABLE",
+                f"{location.name} has changed since the job was made. Submit the job "
+                "again.",
+                path=location.name,
+            )
+
+
 def remove(location: Location) -> None:
     """Removes a file, or a folder and all in it; nothing if it is not there.
+
+    Of a Zarr store its description goes last: one that is removed in part can still be
+    told from others, and removed.
 
     Args:
         location: Where it is. A link is removed, and not what it leads to.
@@ -455,6 +525,10 @@ def remove(location: Location) -> None:
     if _folder(location.root) is None:
         system, remote = _filesystem(location)
         with _transport_errors(location), contextlib.suppress(FileNotFoundError):
+            if system.isdir(remote):
+                for path in system.ls(remote, detail=False):
+                    if not path.endswith(f"/{_DESCRIPTION}"):
+                        system.rm(path, recursive=True)
             system.rm(remote, recursive=True)
         return
     with storage_errors(location):
@@ -462,11 +536,16 @@ def remove(location: Location) -> None:
         above = Location(location.root, parent, location.name)
         folder = _real_path(above) if parent else _real_root(location)
         path = folder / last
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+            return
         with contextlib.suppress(FileNotFoundError):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            for inner in path.iterdir():
+                if inner.is_dir() and not inner.is_symlink():
+                    shutil.rmtree(inner)
+                elif inner.name != _DESCRIPTION:
+                    inner.unlink(missing_ok=True)
+            shutil.rmtree(path)
 
 
 def zarr_store(
