@@ -78,6 +78,23 @@ def test_certificates_are_changed_while_it_runs(
     assert "PRIVATE KEY" not in caplog.text.replace("BEGIN PRIVATE KEY in it", "")
 
 
+def test_a_certificate_that_holds_from_later_on_is_taken_then(
+    authority: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = settings_of(authority)
+    with serving(registry, **settings) as server:
+        begins = datetime.now(UTC) + timedelta(seconds=3)
+        certificate, key = authority.write("next", begins=begins)
+        certificate.replace(settings["tls_certificate"])
+        key.replace(settings["tls_key"])
+        assert served(server.target, authority) == "server"
+        assert served(server.target, authority) == "server"
+        while datetime.now(UTC) < begins + timedelta(seconds=1):
+            time.sleep(0.1)
+        assert served(server.target, authority) == "next"
+    assert caplog.text.count("See that this machine's clock is right") == 1
+
+
 @pytest.mark.slow
 def test_a_certificate_that_expires_is_renewed_without_a_restart(
     authority: Authority,
