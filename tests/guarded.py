@@ -125,12 +125,14 @@ class Authority:
             fresh.replace(path)
         return certificate, key
 
-    def credentials(self, name: str | None = None) -> grpc.ChannelCredentials:
+    def credentials(
+        self, name: str | None = None, *, ends: datetime | None = None
+    ) -> grpc.ChannelCredentials:
         """Returns those of a client, with a certificate where a name is given."""
         root = self.ca_file.read_bytes()
         if name is None:
             return grpc.ssl_channel_credentials(root)
-        certificate, key = self.write(name)
+        certificate, key = self.write(name, ends=ends)
         return grpc.ssl_channel_credentials(
             root, key.read_bytes(), certificate.read_bytes()
         )

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
 
 import grpc
@@ -23,6 +24,19 @@ _NOTHING: tuple[Sequence[object], str] = ((), "")
 
 class CertificateError(Exception):
     """TLS can't be served with these files; the text has the remedy."""
+
+
+@lru_cache(maxsize=2**10)
+def end_of(certificate: bytes) -> float:
+    """Returns when a certificate ends, in seconds since 1970.
+
+    Args:
+        certificate: In PEM.
+
+    Raises:
+        ValueError: It can't be read.
+    """
+    return x509.load_pem_x509_certificate(certificate).not_valid_after_utc.timestamp()
 
 
 class Certificates:
