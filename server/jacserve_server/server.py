@@ -27,6 +27,7 @@ from jacserve_server.catalog import Catalog, RegisteredFunction
 from jacserve_server.config import Config
 from jacserve_server.entrance import Entrance
 from jacserve_server.errors import ServiceError
+from jacserve_server.exposure import AddressError
 from jacserve_server.job_service import JobService
 from jacserve_server.machine import Machine
 from jacserve_server.observation import CallObserver
@@ -67,10 +68,6 @@ KEEPALIVE = (
     # And clients may ping so often themselves, with calls or without.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )
-
-
-class AddressError(Exception):
-    """The server can't listen where it was told to; the text has the remedy."""
 
 
 class WarmUpError(Exception):
