@@ -98,10 +98,20 @@ class Authority:
         self.ca_file = folder / "ca.pem"
         self.ca.cert_pem.write_to_path(str(self.ca_file))
 
-    def write(self, name: str, *, ends: datetime | None = None) -> tuple[Path, Path]:
+    def write(
+        self,
+        name: str,
+        *,
+        begins: datetime | None = None,
+        ends: datetime | None = None,
+    ) -> tuple[Path, Path]:
         """Issues a certificate for this machine, and a name; returns it and its key."""
         made = self.ca.issue_cert(
-            "localhost", "127.0.0.1", common_name=name, not_after=ends
+            "localhost",
+            "127.0.0.1",
+            common_name=name,
+            not_before=begins,
+            not_after=ends,
         )
         certificate = self.folder / f"{name}.pem"
         key = self.folder / f"{name}.key"
@@ -115,12 +125,14 @@ class Authority:
             fresh.replace(path)
         return certificate, key
 
-    def credentials(self, name: str | None = None) -> grpc.ChannelCredentials:
+    def credentials(
+        self, name: str | None = None, *, ends: datetime | None = None
+    ) -> grpc.ChannelCredentials:
         """Returns those of a client, with a certificate where a name is given."""
         root = self.ca_file.read_bytes()
         if name is None:
             return grpc.ssl_channel_credentials(root)
-        certificate, key = self.write(name)
+        certificate, key = self.write(name, ends=ends)
         return grpc.ssl_channel_credentials(
             root, key.read_bytes(), certificate.read_bytes()
         )

@@ -5,8 +5,9 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -382,6 +383,59 @@ def test_a_session_ends_with_its_token(world: World, end: str) -> None:
         talk.close()
         if end != "revoked":
             world.tokens.revoke("talks")
+
+
+@contextmanager
+def certified(folder: Path, ends: datetime | None, **settings: Any) -> Iterator[World]:
+    """Yields a connection of alice to a server that asks for certificates alone."""
+    authority = Authority(folder)
+    certificate, key = authority.write("server")
+    settings |= {
+        "tls_certificate": certificate,
+        "tls_key": key,
+        "tls_client_ca": authority.ca_file,
+    }
+    credentials = authority.credentials("alice", ends=ends)
+    with (
+        serving(registry, **settings) as server,
+        connected(server.target, credentials) as channel,
+    ):
+        yield World(Tokens(folder), channel, server.target, "cert:alice")
+
+
+def test_a_certificate_that_expires_ends_its_open_connection(tmp_path: Path) -> None:
+    ends = datetime.now(UTC) + timedelta(seconds=4)
+    with certified(tmp_path, ends) as world:
+        assert world.ask(LIST).code is grpc.StatusCode.OK
+        talk = Talk(world, "")
+        try:
+            assert talk.ask().HasField("result")
+            wait_for(lambda: datetime.now(UTC) > ends)
+            with suppress(grpc.RpcError):
+                talk.ask()
+            assert talk.call.code() is grpc.StatusCode.UNAUTHENTICATED
+        finally:
+            talk.close()
+        found = world.ask(LIST)
+        assert found.reason == "TOKEN_INVALID"
+        assert "the certificate of cert:alice expired at" in found.text
+
+
+def test_who_was_let_in_by_a_removed_authority_goes(tmp_path: Path) -> None:
+    (tmp_path / "next").mkdir()
+    with certified(tmp_path, None, tls_client_age_s=1) as world:
+        talk = Talk(world, "")
+        try:
+            assert talk.ask().HasField("result")
+            following = Authority(tmp_path / "next")
+            following.ca_file.replace(tmp_path / "ca.pem")
+            wait_for(lambda: world.ask(LIST).code is grpc.StatusCode.UNAVAILABLE)
+            with suppress(grpc.RpcError):
+                while talk.ask():
+                    time.sleep(0.05)
+            assert talk.call.code() is grpc.StatusCode.UNAVAILABLE
+        finally:
+            talk.close()
 
 
 @plaintext

@@ -6,16 +6,18 @@ and may do what the token says.
 """
 
 import logging
+import math
 import re
 import time
 import uuid
 from collections.abc import Iterable, Mapping
-from datetime import UTC
+from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any, Protocol
 
 from jacserve_server.callers import SCOPES, Call, Caller, Scope
 from jacserve_server.errors import ServiceError
+from jacserve_server.tls import end_of
 from jacserve_server.tokens import Token, TokenFile
 
 _log = logging.getLogger(__name__)
@@ -80,7 +82,8 @@ class Gate(Protocol):
             call: The call.
 
         Raises:
-            ServiceError: Its token was revoked, has expired or lost the scope.
+            ServiceError: Its token was revoked, has expired or lost the scope; or its
+                certificate has expired.
         """
         ...
 
@@ -125,10 +128,12 @@ class GuardedGate:
         """Lets a call in whose token or certificate allows it; see `Gate`."""
         metadata = context.invocation_metadata() or ()
         peer = context.peer()
-        identity, scopes, token_id = "", self._scopes, ""
+        identity, scopes, token_id, until = "", self._scopes, "", math.inf
         try:
             if self._has_certificates:
-                identity = _certified(context.auth_context())
+                found = context.auth_context()
+                identity, until = _certified(found), _certified_until(found)
+                _check_end(until, identity)
             if self._tokens is not None:
                 token = self._token_in(self._tokens, metadata)
                 identity = identity or token.identity
@@ -137,11 +142,12 @@ class GuardedGate:
         except ServiceError as error:
             self._complain(method, peer, identity, error)
             raise
-        caller = Caller(identity, scopes, peer, token_id)
+        caller = Caller(identity, scopes, peer, token_id, until)
         return Call(method, caller, request_id_in(metadata), time.perf_counter())
 
     def readmit(self, call: Call) -> None:
-        """Lets a call go on whose token still allows it; see `Gate`."""
+        """Lets a call go on whose token and certificate still hold; see `Gate`."""
+        _check_end(call.caller.until, call.caller.identity)
         if self._tokens is None:
             return
         token = self._tokens.current().get(call.caller.token_id)
@@ -241,6 +247,31 @@ def _certified(found: Mapping[str, Iterable[bytes]]) -> str:
         "TOKEN_INVALID",
         "the client certificate has no name. Use one with a common name, or with a "
         f"subject alternative name, of at most {_LONGEST_NAME} printable characters.",
+    )
+
+
+def _certified_until(found: Mapping[str, Iterable[bytes]]) -> float:
+    try:
+        [certificate] = found["x509_pem_cert"]
+        return end_of(certificate)
+    except (KeyError, ValueError):
+        raise ServiceError(
+            "TOKEN_INVALID",
+            "it can't be told until when the client certificate holds. Use one that "
+            "`openssl x509 -noout -enddate` can read.",
+        ) from None
+
+
+def _check_end(until: float, identity: str) -> None:
+    # TLS looks at a certificate once, when a connection is opened.
+    if time.time() < until:
+        return
+    expired = datetime.fromtimestamp(until, UTC)
+    raise ServiceError(
+        "TOKEN_INVALID",
+        f"the certificate of {identity} expired at {expired:%Y-%m-%d %H:%M} UTC. Renew "
+        "it, and connect again.",
+        expired=expired.isoformat(),
     )
 
 

@@ -1,5 +1,6 @@
 """Who calls, and what they may do: plain data that goes with a call."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -16,12 +17,14 @@ class Caller:
         scopes: What they may do.
         peer: The connection's address.
         token_id: Which token they came with; "" where there is none.
+        until: When their certificate ends, in seconds since 1970.
     """
 
     identity: str
     scopes: frozenset[Scope]
     peer: str
     token_id: str = ""
+    until: float = math.inf
 
     @property
     def client(self) -> str:

@@ -124,13 +124,13 @@ def serve(
         from jacserve_server import logs
         from jacserve_server.config import Config
         from jacserve_server.executor import DeviceError, stay_on_cpu
-        from jacserve_server.exposure import ExposureError
+        from jacserve_server.exposure import AddressError, ExposureError
         from jacserve_server.isolation.supervisor import StartError
         from jacserve_server.loading import load_registries
         from jacserve_server.registration import build_catalog
         from jacserve_server.registry import RegistrationError
         from jacserve_server.running import run, serve_until_signal
-        from jacserve_server.server import AddressError, WarmUpError
+        from jacserve_server.server import WarmUpError
         from jacserve_server.telemetry import TelemetryError
         from jacserve_server.tls import CertificateError
         from jacserve_server.tokens import TokenFileError

@@ -42,6 +42,9 @@ class Config(BaseSettings):
         tls_client_ca: PEM file of the authorities whose certificates clients must
             have; None for none.
         tls_client_scopes: What such clients may do, where there are no tokens.
+        tls_client_age_s: Seconds after which a connection takes no more calls, so that
+            its client shows its certificate again; after as many more it is closed. 0
+            for never.
         tokens_file: File of tokens, one of which every call must have; None for none.
         open_health: Whether health also answers who has no token.
         open_reflection: Whether reflection does; else it needs the scope "read".
@@ -132,6 +135,7 @@ class Config(BaseSettings):
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
     tls_client_scopes: tuple[Scope, ...] = ("read", "compute", "jobs")
+    tls_client_age_s: float = Field(default=3600.0, ge=0, le=1e6)
     tokens_file: Path | None = None
     open_health: bool = True
     open_reflection: bool = False

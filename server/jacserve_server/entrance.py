@@ -39,16 +39,14 @@ def open_entrance(config: Config) -> Entrance:
         The entrance.
 
     Raises:
+        AddressError: A host has no address.
         ExposureError: Strangers may reach the server, and it would let them in.
         CertificateError: There are no certificates to serve TLS with.
         TokenFileError: The file of tokens is of no use.
         TelemetryError: Spans can't be sent.
     """
-    try:
-        for warning in exposure.warnings_of(config):
-            _log.warning("%s", warning)
-    except OSError:
-        pass  # It can't be listened on, either, which `start` says.
+    for warning in exposure.warnings_of(config):
+        _log.warning("%s", warning)
     credentials = None
     if config.tls_certificate is not None and config.tls_key is not None:
         credentials = Certificates(

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from jacserve_server.config import Config
 
 
+class AddressError(Exception):
+    """The server can't listen where it was told to; the text has the remedy."""
+
+
 class ExposureError(Exception):
     """The server would let in everybody on a network; the text has the remedy."""
 
@@ -21,10 +25,21 @@ def warnings_of(config: Config) -> Sequence[str]:
         Sentences; none where only this machine reaches the server.
 
     Raises:
+        AddressError: A host has no address.
         ExposureError: Everybody may call, and it was not said that they shall.
-        OSError: The host has no address.
     """
-    if is_loopback(config.host):
+    found: list[str] = []
+    host = config.metrics_host
+    if config.metrics_port is not None and not _is_ours("metrics_host", host):
+        found.append(
+            f"whoever reaches {host}:{config.metrics_port} may read the metrics. Let "
+            "nobody but Prometheus reach that port, or set metrics_host to 127.0.0.1."
+        )
+    return [*found, *_warnings_of_calls(config)]
+
+
+def _warnings_of_calls(config: Config) -> Sequence[str]:
+    if _is_ours("host", config.host):
         return ()
     address = f"{config.host}:{config.port}"
     has_tls = config.tls_certificate is not None
@@ -53,6 +68,18 @@ def warnings_of(config: Config) -> Sequence[str]:
             "but asks nobody who they are. Pass --tokens or --tls-client-ca."
         )
     return found
+
+
+def _is_ours(setting: str, host: str) -> bool:
+    try:
+        return is_loopback(host)
+    # A name that has no address now may soon have one, which others reach.
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise AddressError(
+            f"{setting} {host} has no address: {reason}. Set it to an address of this "
+            "machine, or to a name that has one."
+        ) from error
 
 
 def is_loopback(host: str) -> bool:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,6 +27,7 @@ from jacserve_server.catalog import Catalog, RegisteredFunction
 from jacserve_server.config import Config
 from jacserve_server.entrance import Entrance
 from jacserve_server.errors import ServiceError
+from jacserve_server.exposure import AddressError
 from jacserve_server.job_service import JobService
 from jacserve_server.machine import Machine
 from jacserve_server.observation import CallObserver
@@ -66,10 +68,6 @@ KEEPALIVE = (
     # And clients may ping so often themselves, with calls or without.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )
-
-
-class AddressError(Exception):
-    """The server can't listen where it was told to; the text has the remedy."""
 
 
 class WarmUpError(Exception):
@@ -122,6 +120,7 @@ class Server:
                 ("grpc.max_allowed_incoming_connections", config.max_connections),
                 ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
                 *KEEPALIVE,
+                *_lifetimes(config),
                 # Beyond the first, more headers make a refusal ever more likely.
                 ("grpc.max_metadata_size", _METADATA_BYTES),
                 ("grpc.absolute_max_metadata_size", 2 * _METADATA_BYTES),
@@ -379,6 +378,18 @@ def _open_desk(catalog: Catalog, machine: Machine, config: Config) -> Any:
             f"the server's jobs can't be opened: {cause.rstrip('.')}. Mend its "
             "jobs_dir or its jobs_database.",
         ) from error
+
+
+def _lifetimes(config: Config) -> Sequence[tuple[str, int]]:
+    """Returns the options of gRPC for how long connections last."""
+    if config.tls_client_ca is None or not config.tls_client_age_s:
+        return ()
+    age_ms = round(config.tls_client_age_s * 1e3)
+    return (
+        # An authority that is trusted no more is asked about at handshakes alone.
+        ("grpc.max_connection_age_ms", age_ms),
+        ("grpc.max_connection_age_grace_ms", age_ms),
+    )
 
 
 def _try_to_bind(host: str, port: int) -> None:

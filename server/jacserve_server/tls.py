@@ -3,8 +3,10 @@
 import logging
 import os
 import threading
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
 
 import grpc
@@ -15,10 +17,26 @@ from cryptography.hazmat.primitives import serialization
 _log = logging.getLogger(__name__)
 
 _SOON = timedelta(days=7)
+# To check a key takes long, and who connects again and again must not have it done.
+_AGAIN_S = 1.0
+_NOTHING: tuple[Sequence[object], str] = ((), "")
 
 
 class CertificateError(Exception):
     """TLS can't be served with these files; the text has the remedy."""
+
+
+@lru_cache(maxsize=2**10)
+def end_of(certificate: bytes) -> float:
+    """Returns when a certificate ends, in seconds since 1970.
+
+    Args:
+        certificate: In PEM.
+
+    Raises:
+        ValueError: It can't be read.
+    """
+    return x509.load_pem_x509_certificate(certificate).not_valid_after_utc.timestamp()
 
 
 class Certificates:
@@ -45,6 +63,7 @@ class Certificates:
         self._certificate, self._key, self._client_ca = certificate, key, client_ca
         self._lock = threading.Lock()
         self._seen = self._signatures()
+        self._failed, self._again_at = _NOTHING, 0.0
         self._first = self._load()
 
     def credentials(self) -> grpc.ServerCredentials:
@@ -57,21 +76,34 @@ class Certificates:
 
     def _fetch(self) -> grpc.ServerCertificateConfiguration | None:
         """Returns what has changed since the last handshake; never raises."""
-        try:
-            with self._lock:
-                signatures = self._signatures()
-                if signatures == self._seen:
-                    return None
-                self._seen = signatures
+        with self._lock:
+            signatures, now = self._signatures(), time.monotonic()
+            if signatures == self._seen:
+                return None
+            if signatures == self._failed[0] and now < self._again_at:
+                return None
+            self._again_at = now + _AGAIN_S
+            try:
                 loaded = self._load()
-        except CertificateError as error:
-            _log.error("%s The certificate read before it is used.", error)
-        except Exception:
-            _log.exception("certificates can't be read; those read before are used")
-        else:
-            _log.info("%s was read again", self._certificate)
-            return loaded
-        return None
+            except Exception as error:
+                self._complain(signatures, error)
+                return None
+            # Not before: a certificate may hold later, and what kept this process from
+            # reading it may pass, without a change of the files.
+            self._seen, self._failed = signatures, _NOTHING
+        _log.info("%s was read again", self._certificate)
+        return loaded
+
+    def _complain(self, signatures: Sequence[object], error: Exception) -> None:
+        failed = signatures, str(error)
+        if failed != self._failed:
+            is_told = isinstance(error, CertificateError)
+            _log.error(
+                "%s The certificate read before it is used.",
+                error if is_told else "certificates can't be read.",
+                exc_info=None if is_told else error,
+            )
+        self._failed = failed
 
     def _signatures(self) -> Sequence[object]:
         """Returns what changes whenever a file does."""

@@ -150,6 +150,7 @@ class TokenFile:
         self._look_at = time.monotonic() + look_s
         self._seen = _signature(path)
         self._tokens = _by_id(read(path))
+        self._failed: tuple[object, str] | None = None
         self._verified: dict[str, str] = {}
 
     def current(self) -> Mapping[str, Token]:
@@ -189,20 +190,22 @@ class TokenFile:
         return found
 
     def _reload(self) -> None:
+        signature: object = None
         try:
             signature = _signature(self._path)
+            if signature != self._seen:
+                self._tokens = _by_id(read(self._path))
+                self._verified.clear()
+                # Not before: what kept this process from reading, as too many open
+                # files do, may pass without a change of the file.
+                self._seen = signature
+                _log.info("%s: %d tokens", self._path, len(self._tokens))
+            self._failed = None
         except TokenFileError as error:
-            signature = str(error)
-        if signature == self._seen:
-            return
-        self._seen = signature
-        try:
-            self._tokens = _by_id(read(self._path))
-            self._verified.clear()
-        except TokenFileError as error:
-            _log.error("%s; the tokens read before it hold.", error)
-        else:
-            _log.info("%s: %d tokens", self._path, len(self._tokens))
+            failed = signature, str(error)
+            if failed != self._failed:
+                _log.error("%s; the tokens read before it hold.", error)
+            self._failed = failed
 
 
 def _by_id(tokens: Iterable[Token]) -> Mapping[str, Token]:
@@ -237,12 +240,13 @@ def read(path: Path) -> list[Token]:
     """
     try:
         with path.open("rb") as file:
-            _check_access(path, os.fstat(file.fileno()))
+            found = os.fstat(file.fileno())
+            _check_access(path, found)
             raw = file.read()
     except OSError as error:
         raise _unreadable(path, error) from error
     try:
-        return _Contents.model_validate_json(raw).tokens
+        contents = _Contents.model_validate_json(raw)
     except ValidationError as error:
         [first, *_] = error.errors(include_input=False)
         place = ".".join(map(str, first["loc"])) or "all of it"
@@ -250,6 +254,9 @@ def read(path: Path) -> list[Token]:
             f"the tokens in {path} can't be read: {place}: {first['msg']}. Make the "
             "file with `jacserve tokens`"
         ) from None
+    # Only of what is used: a file that is at fault is read again and again.
+    _warn_of_readers(path, found)
+    return contents.tokens
 
 
 def _check_access(path: Path, found: os.stat_result) -> None:
@@ -261,7 +268,10 @@ def _check_access(path: Path, found: os.stat_result) -> None:
             f"the tokens in {path} can be changed by others than this user. Make it "
             f"this user's file, and run: chmod 600 {path}"
         )
-    if found.st_mode & stat.S_IROTH:
+
+
+def _warn_of_readers(path: Path, found: os.stat_result) -> None:
+    if os.name == "posix" and found.st_mode & stat.S_IROTH:
         _log.warning(
             "%s can be read by everybody on this machine. Hashes don't let anyone "
             "call; names and scopes are there to be seen. Run: chmod 600 %s",

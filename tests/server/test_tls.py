@@ -19,7 +19,12 @@ from typer.testing import CliRunner
 from guarded import Authority, Tokens, ask, connected
 from jacserve_server import Config, Registry, serving
 from jacserve_server.commands import serve
-from jacserve_server.exposure import ExposureError, is_loopback, warnings_of
+from jacserve_server.exposure import (
+    AddressError,
+    ExposureError,
+    is_loopback,
+    warnings_of,
+)
 from jacserve_server.tls import CertificateError
 from server_process import server_process
 
@@ -76,6 +81,23 @@ def test_certificates_are_changed_while_it_runs(
         later.replace(certificate)
         assert served(server.target, authority) == "later"
     assert "PRIVATE KEY" not in caplog.text.replace("BEGIN PRIVATE KEY in it", "")
+
+
+def test_a_certificate_that_holds_from_later_on_is_taken_then(
+    authority: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = settings_of(authority)
+    with serving(registry, **settings) as server:
+        begins = datetime.now(UTC) + timedelta(seconds=3)
+        certificate, key = authority.write("next", begins=begins)
+        certificate.replace(settings["tls_certificate"])
+        key.replace(settings["tls_key"])
+        assert served(server.target, authority) == "server"
+        assert served(server.target, authority) == "server"
+        while datetime.now(UTC) < begins + timedelta(seconds=1):
+            time.sleep(0.1)
+        assert served(server.target, authority) == "next"
+    assert caplog.text.count("See that this machine's clock is right") == 1
 
 
 @pytest.mark.slow
@@ -265,6 +287,35 @@ def test_a_network_is_refused_unless_it_is_told(
                 pass
     with serving(registry, host="0.0.0.0", insecure=True):
         assert "INSECURE" in caplog.text
+
+
+@pytest.mark.parametrize("setting", ["host", "metrics_host"])
+def test_a_name_without_an_address_is_refused_though_it_gets_one_later(
+    setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, asked = socket.getaddrinfo, list[str]()
+
+    def late(host: str, *arguments: Any, **named: Any) -> Any:
+        if host != "late":
+            return found(host, *arguments, **named)
+        asked.append(host)
+        if len(asked) == 1:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return found("0.0.0.0", *arguments, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", late)
+    settings: dict[str, Any] = {setting: "late", "metrics_port": 0}
+    with pytest.raises(AddressError, match=f"^{setting} late has no address"):
+        with serving(registry, **settings):
+            pass
+    assert asked == ["late"]
+
+
+def test_metrics_on_a_network_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with serving(registry, metrics_host="0.0.0.0", metrics_port=0):
+        assert "may read the metrics" in caplog.text
+    assert not warnings_of(Config.load(metrics_host="0.0.0.0"))
+    assert not warnings_of(Config.load(metrics_port=0))
 
 
 @pytest.fixture
