@@ -361,7 +361,7 @@ def fetch(
 @jobs.command()
 @calls_server
 def delete(server: Server, id: Id, owner: Owner = "", timeout: Timeout = None) -> None:
-    """Stop a job and delete it, with its points and its results.
+    """Stop a job and delete it. Results that were put into an --output stay.
 
     Example: jacserve jobs delete night-1
     """
