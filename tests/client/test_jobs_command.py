@@ -24,7 +24,7 @@ from typer.testing import CliRunner, Result
 
 import jacserve
 from interruptible import COMMAND
-from jacserve import job_report
+from jacserve import array_files, job_report
 from jacserve.commands import app
 from jacserve.job_messages import JobInfo, decode_job
 from jacserve.v1 import jobs_pb2
@@ -118,6 +118,17 @@ def test_from_a_file_to_a_file(jobs, folder: Path) -> None:
         "submit", "scaled", "--source", "x=data/points.npy", "-i", "a=2.0", "--detach"
     ).stdout.strip()
     assert jobs("watch", id).stdout.startswith(f"{id}: ")
+
+
+def test_an_archive_is_sent_without_being_loaded(jobs, client, folder: Path) -> None:
+    np.savez_compressed(folder / "all.npz", x=POINTS, a=2.0)
+    function = client.describe("scaled")
+    found = array_files.read_inputs(["all.npz"], function, None, mapped=True)
+    assert isinstance(found, dict)
+    assert all(isinstance(array, np.memmap) for array in found.values())
+    jobs("submit", "scaled", "-i", "all.npz", "-q", "value", "--id", "archive")
+    value = client.job("archive").result().value
+    np.testing.assert_allclose(value, 2.0 / POINTS)
 
 
 def test_the_list(jobs, client) -> None:
