@@ -11,6 +11,7 @@ import numpy as np
 
 from jacserve import tensors, trees
 from jacserve.functions import FunctionInfo
+from jacserve.mapped_files import map_npy, map_npz
 from jacserve.results import Result
 from jacserve.sparse import SparseMatrix
 from jacserve.tensors import Array
@@ -39,7 +40,7 @@ def read_inputs(
             .npy file.
         function: The function, which gives JSON numbers their dtype.
         dtype: The dtype of JSON numbers; None for the widest that is accepted.
-        mapped: Maps .npy files into memory instead of reading them.
+        mapped: Maps files into memory instead of reading them.
 
     Returns:
         The arrays, in order or by name.
@@ -56,7 +57,7 @@ def read_inputs(
     in_order: list[Array] = []
     for place, text in enumerate(texts):
         if Path(text).suffix == ".npz":
-            named.extend(_load(text).items())
+            named.extend(_load(text, mapped=mapped).items())
             continue
         match = _NAMED.fullmatch(text)
         at = dict(accepted).get(match[1]) if match else None
@@ -141,8 +142,10 @@ def _from_json(text: str) -> Array:
 
 def _load(path: str, *, mapped: bool = False) -> Any:
     try:
-        loaded: Any = np.load(path, "r" if mapped else None, allow_pickle=False)
-        arrays = dict(loaded) if path.endswith(".npz") else {"": loaded}
+        if path.endswith(".npz"):
+            arrays = map_npz(Path(path)) if mapped else dict(np.load(path))
+        else:
+            arrays = {"": map_npy(Path(path)) if mapped else np.load(path)}
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ArrayTextError(f"{path} can't be read: {error}") from error
     for array in arrays.values():

@@ -427,8 +427,9 @@ class Client(Evaluator):
         Args:
             function: A registered name.
             inputs: As for `evaluate`. An array may also be the `pathlib.Path` of an
-                .npy file, which is mapped into memory and sent piece by piece; or a
-                `Source`, which the server reads from its storage.
+                .npy file, and all of them that of an .npz file, by name, which is
+                mapped into memory and sent piece by piece; or a `Source`, which the
+                server reads from its storage.
             quantities: As for `evaluate`.
             id: Its id, of up to 63 letters, digits, "-", "_" and "."; None for a new
                 one. To submit the same again with the same id returns the job that

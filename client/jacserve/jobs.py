@@ -373,7 +373,9 @@ class Job:
         return self._ask(self._calls.stub.CancelJob, request, timeout_s)
 
     def delete(self, *, timeout_s: float | None = None) -> None:
-        """Stops the job and deletes it, with its points and its results.
+        """Stops the job and deletes it, with what the server keeps for it.
+
+        Results that were put into an `output` stay.
 
         Args:
             timeout_s: Seconds for the call.

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import typing
+import uuid
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -146,7 +147,11 @@ def submit(
                 cotangents, function, dtype
             )
         points = _read_points(inputs or (), sources or (), function, dtype)
-        with _interrupted("Interrupted while the points were sent."):
+        id = uuid.uuid4().hex if id is None else id
+        with _interrupted(
+            f"Interrupted while the points were sent. The same command with --id {id} "
+            "sends them again, or finds the job that there is."
+        ):
             job = client.submit_job(
                 name,
                 points,
@@ -320,7 +325,13 @@ def fetch(
         ),
     ] = False,
     owner: Owner = "",
-    timeout: Timeout = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds to look the job up, and not to wait for it or its results.",
+            show_default="no limit",
+        ),
+    ] = None,
 ) -> None:
     """Write the results of a job to a file; wait for the job if need be.
 
@@ -361,7 +372,7 @@ def fetch(
 @jobs.command()
 @calls_server
 def delete(server: Server, id: Id, owner: Owner = "", timeout: Timeout = None) -> None:
-    """Stop a job and delete it, with its points and its results.
+    """Stop a job and delete it. Results that were put into an --output stay.
 
     Example: jacserve jobs delete night-1
     """

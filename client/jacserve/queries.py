@@ -14,6 +14,7 @@ import numpy.typing as npt
 from jacserve import tensors, trees
 from jacserve.errors import InvalidRequestError
 from jacserve.framing import PIECE_BYTES, Frame
+from jacserve.mapped_files import map_npy, map_npz
 from jacserve.sparse import SparseLayout
 from jacserve.streaming import parts
 from jacserve.tensors import Array
@@ -266,7 +267,8 @@ def encode_job_query(
     Args:
         function: The function's name, with a version or without.
         inputs: As for `QueryEncoder.encode`; an array may also be a `Source`, or the
-            path of an .npy file, which is mapped into memory.
+            path of an .npy file; and all of them that of an .npz file, by name. Files
+            are mapped into memory.
         quantities: What to compute; one or several.
         options: How to compute it.
         require_finite: Whether NaN or Inf fails the job.
@@ -280,7 +282,9 @@ def encode_job_query(
         TypeError: There is no such option, or a value is of the wrong type.
     """
     _check_options(options, JobOptions.__annotations__.keys())
-    given = _given(inputs, options, _read)
+    if "tangents" in options:
+        options = {**options, "tangents": _unpacked("tangents", options["tangents"])}
+    given = _given(_unpacked("inputs", inputs), options, _read)
     form_options = cast(
         "EvaluateOptions", {**options, "require_finite": require_finite}
     )
@@ -297,11 +301,23 @@ def _read(value: Any) -> Array | Source:
     path = Path(cast("os.PathLike[str]", value))
     if path.suffix != ".npy":
         raise ValueError(
-            f"{path} is no .npy file. Load it, and pass its arrays; or have the server "
-            "read it, as a Source"
+            f"{path} is no .npy file. Load it, and pass its arrays; pass an .npz file "
+            "in place of all arrays; or have the server read it, as a Source"
         )
-    # So that a file of any size takes no memory.
-    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    return map_npy(path)
+
+
+def _unpacked(group: str, inputs: JobInputs) -> JobInputs:
+    """Returns the arrays of an .npz file by name; everything else as it is."""
+    if not isinstance(inputs, os.PathLike):
+        return inputs
+    path = Path(cast("os.PathLike[str]", inputs))
+    if path.suffix != ".npz":
+        return path
+    try:
+        return map_npz(path)
+    except ValueError as error:
+        raise _not_an_array(group, 0, "", error) from error
 
 
 def _check_options(options: Mapping[str, Any], known: Set[str]) -> None:

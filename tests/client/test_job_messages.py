@@ -116,7 +116,8 @@ def test_what_a_job_is_told() -> None:
         ({"options": {"exact": True}}, TypeError, "no option exact"),
         ({"options": {"require_finite": True}}, TypeError, "no option require_finite"),
         ({"options": {"mode": "foo"}}, ValueError, "'foo', which does not exist"),
-        ({"inputs": Path("x.npz")}, ValueError, "x.npz is no .npy file"),
+        ({"inputs": {"x": Path("x.npz")}}, ValueError, "x.npz is no .npy file"),
+        ({"inputs": Path("nowhere.npz")}, FileNotFoundError, "nowhere.npz"),
         ({"inputs": Path("nowhere.npy")}, FileNotFoundError, "nowhere.npy"),
         ({"inputs": "x.npy"}, ValueError, "can't be sent"),
         (

@@ -186,12 +186,13 @@ def test_what_a_job_fails_with(client) -> None:
 def test_points_may_be_anywhere(client, folder: Path) -> None:
     np.save(folder / "x.npy", POINTS)
     np.savez(folder / "all.npz", v=POINTS[:, ::-1])
+    np.savez_compressed(folder / "named.npz", x=POINTS)
     truth = np.concatenate(
         [client.value("square", part) for part in np.split(POINTS, 4)]
     )
     for inputs in (
         POINTS, (np.asfortranarray(POINTS),), {"x": POINTS.astype(">f8")},
-        {"x": folder / "x.npy"}, jacserve.Source("data/x.npy"),
+        {"x": folder / "x.npy"}, folder / "named.npz", jacserve.Source("data/x.npy"),
     ):  # fmt: skip
         job = client.submit_job("square", inputs, quantities="value")
         np.testing.assert_array_equal(job.result().value, truth)

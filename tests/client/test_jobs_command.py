@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import cast
@@ -18,11 +19,12 @@ import numpy as np
 import pytest
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from jaxtyping import Array, Float
+from numpy.lib.format import open_memmap
 from typer.testing import CliRunner, Result
 
 import jacserve
 from interruptible import COMMAND
-from jacserve import job_report
+from jacserve import array_files, job_report
 from jacserve.commands import app
 from jacserve.job_messages import JobInfo, decode_job
 from jacserve.v1 import jobs_pb2
@@ -118,6 +120,17 @@ def test_from_a_file_to_a_file(jobs, folder: Path) -> None:
     assert jobs("watch", id).stdout.startswith(f"{id}: ")
 
 
+def test_an_archive_is_sent_without_being_loaded(jobs, client, folder: Path) -> None:
+    np.savez_compressed(folder / "all.npz", x=POINTS, a=2.0)
+    function = client.describe("scaled")
+    found = array_files.read_inputs(["all.npz"], function, None, mapped=True)
+    assert isinstance(found, dict)
+    assert all(isinstance(array, np.memmap) for array in found.values())
+    jobs("submit", "scaled", "-i", "all.npz", "-q", "value", "--id", "archive")
+    value = client.job("archive").result().value
+    np.testing.assert_allclose(value, 2.0 / POINTS)
+
+
 def test_the_list(jobs, client) -> None:
     inputs = {"x": POINTS * [np.nan, 1.0, 1.0], "a": 1.0}
     jobs_there = [
@@ -197,6 +210,33 @@ def test_ctrl_c_leaves_the_job_running(jobs, target: str, client) -> None:
     assert "held-2: succeeded, 64 points" in jobs("watch", "held-2").stdout
 
 
+def test_ctrl_c_while_points_are_sent(
+    target: str, folder: Path, tmp_path: Path, client
+) -> None:
+    # Not on the disk, and much to send.
+    open_memmap(tmp_path / "x.npy", "w+", "float64", (2**27,)).flush()
+    submitting = subprocess.Popen(
+        command("submit", "wide", "-i", "x=x.npy", "--target", target),
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list((folder / "jobs" / "uploads").glob("*.*")):
+        assert submitting.poll() is None, submitting.communicate()
+        time.sleep(0.01)
+    submitting.send_signal(signal.SIGINT)
+    _, err = submitting.communicate(timeout=30)
+    assert submitting.returncode == 130
+    found = re.fullmatch(
+        r"Interrupted while the points were sent. The same command with --id (\w{32}) "
+        r"sends them again, or finds the job that there is.\n",
+        err,
+    )
+    assert found, err
+    with pytest.raises(jacserve.NotFoundError):
+        client.job(found[1])
+
+
 def test_a_bar_in_a_terminal(target: str, client) -> None:
     job = client.submit_job(
         "wide", held_points(-3.0), quantities="value", batch_size=8, id="held-3"
@@ -272,6 +312,11 @@ def news(state: int, done: int, **fields) -> JobInfo:
     name, at = "jobs/a", cast("jobs_pb2.JobState", state)
     message = jobs_pb2.Job(name=name, state=at, progress=progress, **fields)
     return decode_job(message, "host:1")
+
+
+def test_what_a_timeout_is_for(jobs) -> None:
+    said = " ".join(jobs("fetch", "--help").stdout.replace("│", "").split())
+    assert "not to wait for it" in said
 
 
 def test_a_pipe_gets_a_line_now_and_then() -> None:

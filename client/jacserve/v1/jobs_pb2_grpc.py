@@ -116,7 +116,8 @@ class JobServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteJob(self, request, context):
-        """Stops a job and forgets it, with its points and its results. Its id is free then.
+        """Stops a job and forgets it, with what the server keeps for it; results in a store
+        that `output` has named stay. Its id is free then.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

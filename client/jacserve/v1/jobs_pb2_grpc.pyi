@@ -56,7 +56,9 @@ class JobServiceStub:
     computed can be read. Does nothing to a job that has ended.
     """
     DeleteJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.DeleteJobRequest, _jobs_pb2.DeleteJobResponse]
-    """Stops a job and forgets it, with its points and its results. Its id is free then."""
+    """Stops a job and forgets it, with what the server keeps for it; results in a store
+    that `output` has named stay. Its id is free then.
+    """
     ReadJobResult: _grpc.UnaryStreamMultiCallable[_jobs_pb2.ReadJobResultRequest, _jobs_pb2.ReadJobResultResponse]
     """Reads results of a range of points, all of which must be computed: a head, and
     then the bytes of its tensors, as in EvaluateStream.
@@ -85,7 +87,9 @@ class JobServiceAsyncStub(JobServiceStub):
     computed can be read. Does nothing to a job that has ended.
     """
     DeleteJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.DeleteJobRequest, _jobs_pb2.DeleteJobResponse]  # type: ignore[assignment]
-    """Stops a job and forgets it, with its points and its results. Its id is free then."""
+    """Stops a job and forgets it, with what the server keeps for it; results in a store
+    that `output` has named stay. Its id is free then.
+    """
     ReadJobResult: _aio.UnaryStreamMultiCallable[_jobs_pb2.ReadJobResultRequest, _jobs_pb2.ReadJobResultResponse]  # type: ignore[assignment]
     """Reads results of a range of points, all of which must be computed: a head, and
     then the bytes of its tensors, as in EvaluateStream.
@@ -147,7 +151,9 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _jobs_pb2.DeleteJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_jobs_pb2.DeleteJobResponse, _abc.Awaitable[_jobs_pb2.DeleteJobResponse]]:
-        """Stops a job and forgets it, with its points and its results. Its id is free then."""
+        """Stops a job and forgets it, with what the server keeps for it; results in a store
+        that `output` has named stay. Its id is free then.
+        """
 
     @_abc_1.abstractmethod
     def ReadJobResult(

@@ -1,6 +1,7 @@
 """Results of a range of points, as parts of a message: never all of them in memory."""
 
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -43,10 +44,10 @@ async def parts(
     leaves = [
         leaf for name in quantities for leaf in results.leaves if leaf.quantity == name
     ]
-    finite = await in_thread(results.read_finite, start, stop)
-    head, indices = _head(results, leaves, start, stop, layout, finite)
-    blocks = list(_blocks(start, stop, block_rows))
+    head, indices = _head(results, leaves, start, stop, layout)
     if _size_bytes(head) <= PIECE_BYTES:
+        finite = await in_thread(results.read_finite, start, stop)
+        head.finite = bool(finite.all())
         payloads: list[Array] = []
         for leaf in leaves:
             rows = await in_thread(results.read, leaf, start, stop)
@@ -55,20 +56,30 @@ async def parts(
         for part in streaming.parts(head, [each for each in every if each.size]):
             yield part
         return
+    blocks = list(_blocks(start, stop, block_rows))
+    head.finite = True
+    for first, last in blocks:
+        finite = await in_thread(results.read_finite, first, last)
+        head.finite = head.finite and bool(finite.all())
     yield streaming.head_part(head)
     place = 0
-    for leaf in leaves:
+    for read, ranges in [
+        *((partial(results.read, leaf), blocks) for leaf in leaves),
+        *((partial(_whole, payload), [(start, stop)]) for payload in indices),
+        (results.read_finite, blocks),
+    ]:
         offset = 0
-        for first, last in blocks:
-            payload = tensors.bytes_of(await in_thread(results.read, leaf, first, last))
+        for first, last in ranges:
+            payload = tensors.bytes_of(await in_thread(read, first, last))
             for part in streaming.pieces(place, offset, payload):
                 yield part
             offset += len(payload)
         place += offset > 0
-    for payload in [*indices, tensors.bytes_of(finite)]:
-        for part in streaming.pieces(place, 0, payload):
-            yield part
-        place += 1
+
+
+def _whole(array: Array, first: int, last: int) -> Array:
+    """Reads what all rows share."""
+    return array
 
 
 def _blocks(start: int, stop: int, rows: int) -> Iterator[tuple[int, int]]:
@@ -85,13 +96,14 @@ def _head(
     start: int,
     stop: int,
     layout: str,
-    finite: Array,
 ) -> tuple[pb.Result, list[Array]]:
-    """Returns the hollow message, and the bytes of its patterns' tensors."""
+    """Returns the hollow message, and the bytes of its patterns' tensors.
+
+    Whether its numbers are finite is left out.
+    """
     about, rows = results.about, stop - start
     head = pb.Result(
         function=f"functions/{about['function']}",
-        finite=bool(finite.all()),
         device=about["device"],
         bucket=about["batch_size"],
         chunk_size=about["products_at_once"] or 0,
@@ -113,7 +125,9 @@ def _head(
             if all(each.hash != message.hash for each in head.patterns):
                 head.patterns.append(message)
                 indices += payloads
-    tensors.describe_into(head.finite_points, finite)
+    head.finite_points.dtype = DTYPES["bool"]
+    head.finite_points.shape.append(rows)
+    head.finite_points.streamed_bytes = rows
     return head, indices
 
 

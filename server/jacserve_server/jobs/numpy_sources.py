@@ -6,7 +6,6 @@ error, and not the end of the server.
 
 import io
 import math
-import struct
 import zipfile
 from collections.abc import Callable
 from typing import Any, BinaryIO
@@ -14,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.lib import format as npy
 
+from jacserve.mapped_files import first_byte
 from jacserve.tensors import Array
 from jacserve_server.errors import ServiceError
 from jacserve_server.jobs.source_checks import (
@@ -33,7 +33,6 @@ _HEADER_READERS = {
     (2, 0): npy.read_array_header_2_0,
 }
 _PIECE_BYTES = 2**20
-_LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
 class NpySource:
@@ -193,7 +192,7 @@ def _open_member(location: Location, array: str, file: BinaryIO) -> Source:
         stream = archive.open(member)
         if member.compress_type == zipfile.ZIP_STORED:
             # Read in place: in the stream, to go back is to begin anew.
-            start = _first_byte(file, member)
+            start = first_byte(file, member)
             stream.close()
             return NpySource(
                 location,
@@ -219,10 +218,3 @@ def _listed(names: Any) -> str:
     names = sorted(names)
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return ", ".join(map(repr, names[:10])) + more or "it has none"
-
-
-def _first_byte(file: BinaryIO, member: zipfile.ZipInfo) -> int:
-    file.seek(member.header_offset)
-    header = file.read(_LOCAL_HEADER.size)
-    _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
-    return member.header_offset + len(header) + name_length + extra_length
