@@ -189,9 +189,15 @@ _FAKE_KEY = "-----BEGIN PRIVATE KEY-----\nc2VjcmV0\n-----END PRIVATE KEY-----\n"
     [
         (_expired, "expired at"),
         (_mixed, "is not that of the first certificate"),
-        (_changed("tls_certificate", None), "No such file"),
-        (_changed("tls_key", None), "No such file"),
-        (_changed("tls_client_ca", None), "No such file"),
+        (
+            _changed("tls_certificate", None),
+            "No such file.*Pass a PEM file that is there",
+        ),
+        (_changed("tls_key", None), "No such file.*Pass a PEM file that is there"),
+        (
+            _changed("tls_client_ca", None),
+            "No such file.*Pass a PEM file that is there",
+        ),
         (_changed("tls_certificate", "x"), "has no certificate"),
         (_changed("tls_client_ca", "x"), "has no certificate"),
         (_changed("tls_key", "x"), "has no key that can be read"),
