@@ -107,7 +107,8 @@ class Config(BaseSettings):
         max_jobs: Jobs that are queued or running; more are refused.
         max_identity_jobs: As many of one identity; None for what is left to others.
         max_running_jobs: Jobs that are computed at once, in turn.
-        max_finished_jobs: Jobs kept that have ended; the oldest goes first.
+        max_finished_jobs: Jobs kept that have ended; the oldest of whoever has the
+            most goes first.
         max_upload_bytes: The most that the arrays of one job may take.
         job_ttl_s: Seconds for which a job is kept after it has ended.
         drain_delay_s: Seconds for which calls are still answered at shutdown while
