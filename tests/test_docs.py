@@ -1,5 +1,6 @@
 """What the pages show is run here."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -113,11 +114,23 @@ def test_each_fault_names_tests_that_there_are() -> None:
     assert len(rows) > 12
     for row in rows:
         what, _, _, shown = re.split(r" *\| *", row)
-        named = re.findall(r"`([\w/]+\.py)::(\w+)`", shown)
+        named = list(re.finditer(r"`([\w/]+\.py)::(\w+)`", shown))
         assert named, what
-        for file, test in named:
-            code = (ROOT / "tests" / file).read_text()
-            assert re.search(rf"^def {test}\(", code, re.M), f"{file}::{test}"
+        for each in named:
+            is_slow = "*slow*" in shown[: each.start()]
+            assert is_marked_slow(*each.groups()) is is_slow, each.group()
+
+
+def is_marked_slow(file: str, test: str) -> bool:
+    module = ast.parse((ROOT / "tests" / file).read_text())
+    found = [
+        node
+        for node in module.body
+        if isinstance(node, ast.FunctionDef) and node.name == test
+    ]
+    assert found, f"{file}::{test}"
+    marks = [ast.unparse(mark) for mark in found[0].decorator_list]
+    return "pytest.mark.slow" in marks
 
 
 @pytest.mark.parametrize(

@@ -498,6 +498,23 @@ def test_a_half_open_connection_is_noticed(monkeypatch: pytest.MonkeyPatch) -> N
             stop.set()
 
 
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="looks into /proc")
+def test_a_connection_without_calls_is_closed_and_its_client_comes_again() -> None:
+    with serving(registry, connection_idle_s=0.5) as server, ExitStack() as stack:
+        idle, busy = (
+            stack.enter_context(jacserve.Client(server.target)) for _ in range(2)
+        )
+        for _ in range(3):
+            assert idle.value("double", np.ones(3))[0] == 2.0
+            wait_until(lambda: not established(server.target))
+        with busy.session() as session:
+            for _ in range(3):
+                assert session.value("double", np.ones(3))[0] == 2.0
+                before = established(server.target)
+                time.sleep(1.0)
+                assert before & established(server.target)
+
+
 def refused(port: int) -> bool:
     """Whether a server closes a new connection at once."""
     with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:

@@ -50,6 +50,32 @@ def large_name() -> bytes:
     return health_pb2.HealthCheckRequest(service="x" * 2**20).SerializeToString()
 
 
+def test_nobody_watches_health_more_often_than_a_connection_may(
+    tmp_path: Path,
+) -> None:
+    tokens = Tokens(tmp_path)
+    tokens.make("reads", "read")
+    with ExitStack() as stack:
+        server = stack.enter_context(serving(registry, tokens_file=tokens.path))
+        one = stack.enter_context(connected(server.target))
+        other = stack.enter_context(connected(server.target))
+        watching = [one.unary_stream(WATCH)(b"", timeout=60) for _ in range(16)]
+        assert [next(each) for each in watching] == [SERVING] * 16
+        assert ask(one, WATCH).reason == "TOO_MANY_STREAMS"
+        assert ask(one, CHECK).parts == (SERVING,)
+        assert next(other.unary_stream(WATCH)(b"", timeout=60)) == SERVING
+        watching.pop().cancel()
+        deadline = time.monotonic() + 30
+        while True:
+            again = one.unary_stream(WATCH)(b"", timeout=60)
+            try:
+                assert next(again) == SERVING
+                break
+            except grpc.RpcError:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+
+
 @pytest.mark.parametrize("is_open", [True, False])
 def test_probes_that_cannot_be_read_are_refused_and_do_not_fill_the_log(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, *, is_open: bool

@@ -64,6 +64,8 @@ class Config(BaseSettings):
         max_streams: Calls that one connection may have open at once; further ones
             wait in the client.
         max_connections: Connections that are open; more are closed at once.
+        connection_idle_s: Seconds after which a connection without calls is closed;
+            its client connects again when it calls.
         max_queries: Queries in flight; more are refused. One client may take a place
             only while it has fewer than are left.
         max_queued_bytes: Bytes in flight, of requests and of what results have beyond
@@ -105,7 +107,8 @@ class Config(BaseSettings):
         max_jobs: Jobs that are queued or running; more are refused.
         max_identity_jobs: As many of one identity; None for what is left to others.
         max_running_jobs: Jobs that are computed at once, in turn.
-        max_finished_jobs: Jobs kept that have ended; the oldest goes first.
+        max_finished_jobs: Jobs kept that have ended; the oldest of whoever has the
+            most goes first.
         max_upload_bytes: The most that the arrays of one job may take.
         job_ttl_s: Seconds for which a job is kept after it has ended.
         drain_delay_s: Seconds for which calls are still answered at shutdown while
@@ -148,6 +151,9 @@ class Config(BaseSettings):
     max_programs: int = Field(default=256, ge=1)
     max_streams: int = Field(default=256, ge=1)
     max_connections: int = Field(default=1000, ge=1)
+    # gRPC's clients close theirs after half an hour, and those that a server closes
+    # first write a line to stderr.
+    connection_idle_s: float = Field(default=2400.0, gt=0, le=1e6)
     max_queries: int = Field(default=1024, ge=1)
     max_queued_bytes: int = Field(default=2**31, ge=2**10)
     max_identity_queries: int | None = Field(default=None, ge=1)

@@ -6,6 +6,7 @@ all others that watch.
 """
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -21,6 +22,9 @@ from jacserve_server.callers import Call
 from jacserve_server.calls import Boundary, Handler, add_handlers, unreadable
 from jacserve_server.streams import Streams
 
+# A client of gRPC watches once on a connection, which a proxy may share among some.
+# Nobody needs a token for it, and else each could do so max_streams times.
+_MOST_WATCHES = 16
 # The name of a service, or of what a reflection asks about: gRPC keeps a request for
 # as long as its call, and who watches stays.
 _REQUEST_BYTES = 2**12
@@ -118,6 +122,7 @@ class _HealthService:
     def __init__(self, health: Health, boundary: Boundary) -> None:
         self._health = health
         self._boundary = boundary
+        self._watches = Streams(max_per_client=_MOST_WATCHES, idle_s=math.inf)
 
     async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
         if not self._boundary.admits(context, "Check"):
@@ -131,8 +136,13 @@ class _HealthService:
     async def Watch(  # noqa: N802
         self, request: Any, context: Any
     ) -> AsyncGenerator[bytes]:
-        if self._boundary.admits(context, "Watch"):
-            async for status in self._health.watch(request.service):
+        watching = partial(self._watched, request.service)
+        async for each in self._boundary.stream(context, "Watch", watching):
+            yield each
+
+    async def _watched(self, service: str, call: Call) -> AsyncGenerator[bytes]:
+        with self._watches.place(call.caller.peer):
+            async for status in self._health.watch(service):
                 answer = health_pb2.HealthCheckResponse(status=status)
                 yield answer.SerializeToString()
 

@@ -382,10 +382,12 @@ def _open_desk(catalog: Catalog, machine: Machine, config: Config) -> Any:
 
 def _lifetimes(config: Config) -> Sequence[tuple[str, int]]:
     """Returns the options of gRPC for how long connections last."""
+    idle_ms = ("grpc.max_connection_idle_ms", round(config.connection_idle_s * 1e3))
     if config.tls_client_ca is None or not config.tls_client_age_s:
-        return ()
+        return (idle_ms,)
     age_ms = round(config.tls_client_age_s * 1e3)
     return (
+        idle_ms,
         # An authority that is trusted no more is asked about at handshakes alone.
         ("grpc.max_connection_age_ms", age_ms),
         ("grpc.max_connection_age_grace_ms", age_ms),

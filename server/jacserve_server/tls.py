@@ -136,7 +136,10 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         cause = error.strerror or type(error).__name__
-        raise CertificateError(f"{path} can't be read: {cause}.") from error
+        raise CertificateError(
+            f"{path} can't be read: {cause}. Pass a PEM file that is there, and that "
+            "the user of the server may read."
+        ) from error
 
 
 def _certificates(path: Path, raw: bytes) -> list[x509.Certificate]:

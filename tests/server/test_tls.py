@@ -107,11 +107,16 @@ def test_a_certificate_that_expires_is_renewed_without_a_restart(
     soon = datetime.now(UTC) + timedelta(seconds=4)
     certificate, key = authority.write("server", ends=soon)
     settings = {"tls_certificate": certificate, "tls_key": key}
-    with serving(registry, **settings) as server:
+    with (
+        serving(registry, **settings) as server,
+        connected(server.target, authority.credentials()) as before,
+    ):
+        assert ask(before, LIST).code is grpc.StatusCode.OK
         while datetime.now(UTC) < soon + timedelta(seconds=1):
             time.sleep(0.1)
         with connected(server.target, authority.credentials()) as channel:
             assert ask(channel, LIST).code is grpc.StatusCode.UNAVAILABLE
+        assert ask(before, LIST).code is grpc.StatusCode.OK
         authority.write("server")
         with connected(server.target, authority.credentials()) as channel:
             assert ask(channel, LIST).code is grpc.StatusCode.OK
@@ -184,9 +189,15 @@ _FAKE_KEY = "-----BEGIN PRIVATE KEY-----\nc2VjcmV0\n-----END PRIVATE KEY-----\n"
     [
         (_expired, "expired at"),
         (_mixed, "is not that of the first certificate"),
-        (_changed("tls_certificate", None), "No such file"),
-        (_changed("tls_key", None), "No such file"),
-        (_changed("tls_client_ca", None), "No such file"),
+        (
+            _changed("tls_certificate", None),
+            "No such file.*Pass a PEM file that is there",
+        ),
+        (_changed("tls_key", None), "No such file.*Pass a PEM file that is there"),
+        (
+            _changed("tls_client_ca", None),
+            "No such file.*Pass a PEM file that is there",
+        ),
         (_changed("tls_certificate", "x"), "has no certificate"),
         (_changed("tls_client_ca", "x"), "has no certificate"),
         (_changed("tls_key", "x"), "has no key that can be read"),
