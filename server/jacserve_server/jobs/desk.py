@@ -351,10 +351,9 @@ class JobDesk:
             )
 
     async def _sweep(self) -> None:
-        await self._in_pool(self._folder.sweep, self._is_known)
-
-    def _is_known(self, uid: str) -> bool:
-        return self._table.get(uid) is not None
+        for uid in await self._in_pool(self._folder.sweep):
+            if await self._in_table(self._table.get, uid) is None:
+                await self._in_pool(self._folder.remove, uid)
 
     def _make_run(self, record: JobRecord) -> JobRun:
         return JobRun(
