@@ -31,7 +31,6 @@ from jacserve_server.machine import Machine
 
 T = TypeVar("T")
 
-_MOST_FIELDS = 20_000
 # A watcher hears of a job at most so often, and of one that another server runs
 # after so long.
 _NEWS_S, _POLL_S = 0.25, 1.0
