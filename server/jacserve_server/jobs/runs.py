@@ -82,6 +82,7 @@ class JobRun:
         self._clock = clock
         self._task: Task | None = None
         self._done: set[int] = set()
+        self._has_committed = False  # In this run.
         self._first_bad: int | None = None  # The first row that gave NaN or Inf.
         self._ready = 0  # Chunks before the first that is not done.
         self._unsettled: list[int] = []
@@ -113,7 +114,8 @@ class JobRun:
         _log.info("job %s: %s", self._record.job_id, failure.message)
         try:
             if failure.reason in _PASSING:
-                delay_s = _FIRST_RETRY_S * 2.0 ** min(self._record.attempts, 30)
+                attempts = 0 if self._has_committed else self._record.attempts
+                delay_s = _FIRST_RETRY_S * 2.0 ** min(attempts, 30)
                 retry_at = self._clock() + min(delay_s, _LONGEST_RETRY_S)
                 await self._in_thread(self._release, status, retry_at)
             else:
@@ -230,6 +232,7 @@ class JobRun:
         )
         is_kept = await self._in_thread(self._keep, chunk, self._rate(), ready)
         self._check_kept(is_kept)
+        self._has_committed = True
         self._unsettled.append(report.index)
         self._on_progress(self._uid)
 

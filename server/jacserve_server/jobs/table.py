@@ -274,7 +274,13 @@ class JobTable:
             is_it = jobs.c.uid == found.uid
             started_at = now if found.started_at is None else found.started_at
             self._rows.change(
-                connection, is_it, state="running", owner=server, started_at=started_at
+                connection,
+                is_it,
+                state="running",
+                owner=server,
+                error=None,
+                retry_at=None,
+                started_at=started_at,
             )
             return self._rows.one(connection, is_it)
 
@@ -349,8 +355,6 @@ class JobTable:
                     execute_s=job.execute_s + chunk.execute_s,
                     points_per_s=points_per_s,
                     attempts=0,
-                    error=None,
-                    retry_at=None,
                 )
             return True
 

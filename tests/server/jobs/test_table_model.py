@@ -141,8 +141,8 @@ class Machine(RuleBasedStateMachine):
             return
         assert job is not None
         assert job.uid == min(may_run)[1]
-        self.models[job.uid].state = "running"
-        self.models[job.uid].owner = server
+        model = self.models[job.uid]
+        model.state, model.owner, model.retry_at = "running", server, None
 
     @precondition(lambda self: self.models)
     @rule(seat=seats, pick=picks)
@@ -163,7 +163,7 @@ class Machine(RuleBasedStateMachine):
         is_ours = self.runs(model, seat)
         if is_ours and index not in model.boots:
             model.boots[index] = boot
-            model.attempts, model.retry_at = 0, None
+            model.attempts = 0
         assert is_ours == self.tables[seat].commit(
             uid,
             self.servers[seat],
