@@ -29,15 +29,12 @@ _SYNC_S = 0.25
 # The rate is that of so many seconds.
 _RATE_S = 10.0
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 2.0, 300.0
-# What passes with time, or when somebody mends it. Everything else is the job's own
-# fault.
-_PASSING = {
-    "STORAGE_UNAVAILABLE",
-    "FUNCTION_CHANGED",
-    "SHUTTING_DOWN",
-    "COMPILE_BUDGET_SPENT",
-    "QUEUE_FULL",
-}
+# What passes when somebody mends it, or elsewhere.
+_PASSING = {"STORAGE_UNAVAILABLE", "FUNCTION_CHANGED", "SHUTTING_DOWN"}
+# What the machine has done to a job whose program has run well before, unless it does
+# so again and again. Everything else is the job's own fault.
+_STRIKES = {"DEVICE_OUT_OF_MEMORY", "WORKER_DIED"}
+_MOST_STRIKES = 5
 
 
 class _LostJobError(Exception):
@@ -113,16 +110,26 @@ class JobRun:
         status = status_of(failure, request_id).SerializeToString()
         _log.info("job %s: %s", self._record.job_id, failure.message)
         try:
-            if failure.reason in _PASSING:
-                attempts = 0 if self._has_committed else self._record.attempts
-                delay_s = _FIRST_RETRY_S * 2.0 ** min(attempts, 30)
-                retry_at = self._clock() + min(delay_s, _LONGEST_RETRY_S)
-                await self._in_thread(self._release, status, retry_at)
-            else:
+            is_strike = not _is_passing(failure)
+            if is_strike and not self._is_forgiven(failure):
                 await self._in_thread(self._finish, "failed", status)
+                return
+            attempts = 0 if self._has_committed else self._record.attempts
+            delay_s = _FIRST_RETRY_S * 2.0 ** min(attempts, 30)
+            retry_at = self._clock() + min(delay_s, _LONGEST_RETRY_S)
+            await self._in_thread(self._release, status, retry_at, is_strike)
         except ServiceError as error:
             # It stays this server's, which claims it again when the table is back.
             _log.error("job %s: %s", self._record.job_id, error)
+
+    def _is_forgiven(self, failure: ServiceError) -> bool:
+        """Tells whether what may be the job's fault is no reason to give it up yet."""
+        record = self._record
+        has_run_well = self._has_committed or record.done_count > 0
+        strikes = 0 if self._has_committed else record.strikes
+        return (
+            failure.reason in _STRIKES and has_run_well and strikes + 1 < _MOST_STRIKES
+        )
 
     async def _run(self) -> None:
         request = await self._restore(self._record)
@@ -280,14 +287,25 @@ class JobRun:
         )
 
     def _release(
-        self, error: bytes | None = None, retry_at: float | None = None
+        self,
+        error: bytes | None = None,
+        retry_at: float | None = None,
+        is_strike: bool = False,
     ) -> bool:
         return self._table.release(
-            self._uid, self._server, error=error, retry_at=retry_at
+            self._uid,
+            self._server,
+            error=error,
+            retry_at=retry_at,
+            is_strike=is_strike,
         )
 
     def _finish(self, state: Any, error: bytes | None) -> bool:
         return self._table.finish(self._uid, self._server, state, error=error)
+
+
+def _is_passing(failure: ServiceError) -> bool:
+    return failure.reason in _PASSING or failure.retry_after_s is not None
 
 
 def _exception(task: asyncio.Task[ChunkReport]) -> BaseException | None:

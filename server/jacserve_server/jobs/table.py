@@ -355,6 +355,7 @@ class JobTable:
                     execute_s=job.execute_s + chunk.execute_s,
                     points_per_s=points_per_s,
                     attempts=0,
+                    strikes=0,
                 )
             return True
 
@@ -410,6 +411,7 @@ class JobTable:
         *,
         error: bytes | None = None,
         retry_at: float | None = None,
+        is_strike: bool = False,
     ) -> bool:
         """Queues a running job again, for any server.
 
@@ -419,13 +421,18 @@ class JobTable:
             error: What holds it up, as a serialized google.rpc.Status; None where it
                 is released for the server's sake.
             retry_at: When to try again; None for at once.
+            is_strike: Whether it may be the job itself that is at fault.
 
         Returns:
             Whether the server ran the job.
         """
         why = {}
         if error is not None:
-            why = {"error": error, "attempts": jobs.c.attempts + 1}
+            why = {
+                "error": error,
+                "attempts": jobs.c.attempts + 1,
+                "strikes": jobs.c.strikes + int(is_strike),
+            }
         is_it = runs(uid, server)
         with self._database.writing() as connection:
             return self._rows.move(

@@ -55,7 +55,8 @@ class FailingEngine:
 @pytest.fixture
 def table(tmp_path: Path) -> Iterator[JobTable]:
     url = f"sqlite:///{tmp_path}/jobs.sqlite"
-    with closing(JobTable(url, "here", clock=lambda: NOW)) as made:
+    # Later than whatever the runs have waited for.
+    with closing(JobTable(url, "here", clock=lambda: NOW + 400.0)) as made:
         yield made
 
 
@@ -130,3 +131,41 @@ def test_a_job_that_gets_no_further_waits_ever_longer(table: JobTable) -> None:
     record = held_up_before(table, 6)
     job = after_failing(table, record, 0, full)
     assert (job.state, job.attempts, job.retry_at) == ("queued", 7, NOW + 128.0)
+
+
+DIED = ServiceError("WORKER_DIED", "the process that ran it died")
+NO_MEMORY = ServiceError("DEVICE_OUT_OF_MEMORY", "there is no room")
+LATER = ServiceError("WORKER_DIED", "it can't be started", retry_after_s=5.0)
+WRONG = ServiceError("EXECUTION_FAILED", "the pump is dry")
+
+
+@pytest.mark.parametrize(
+    ("failure", "chunks", "state"),
+    [
+        (LATER, 0, "queued"),
+        (DIED, 0, "failed"),
+        (NO_MEMORY, 0, "failed"),
+        (MemoryError(), 0, "failed"),
+        (DIED, 1, "queued"),
+        (NO_MEMORY, 1, "queued"),
+        (MemoryError(), 1, "queued"),
+        (WRONG, 1, "failed"),
+    ],
+)
+def test_what_the_machine_does_to_a_job_that_has_run_holds_it_up(
+    table: JobTable, failure: Exception, chunks: int, state: str
+) -> None:
+    job = after_failing(table, held_up_before(table, 0), chunks, failure)
+    assert job.state == state
+    assert job.error is not None
+
+
+def test_a_job_is_given_up_that_gets_no_further_for_want_of_memory(
+    table: JobTable,
+) -> None:
+    record = held_up_before(table, 0)
+    states: list[str] = []
+    for chunks in (1, 0, 0, 2, 0, 0, 0, 0):
+        table.release(record.uid, "a")
+        states.append(after_failing(table, claimed(table), chunks, NO_MEMORY).state)
+    assert states == [*["queued"] * 7, "failed"]

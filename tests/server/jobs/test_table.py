@@ -177,7 +177,7 @@ def test_a_new_job_is_queued(table: JobTable) -> None:
         digest="digest", function="f@1", point_count=2**40, batch_size=None,
         chunk_size=None, done_count=0, ready_count=0, non_finite_count=0,
         first_non_finite=None, points_per_s=0.0, execute_s=0.0, error=None, output="",
-        fingerprint=None, owner="a", attempts=0, retry_at=None, ttl_s=1.5,
+        fingerprint=None, owner="a", attempts=0, strikes=0, retry_at=None, ttl_s=1.5,
         created_at=1.0, started_at=None, updated_at=1.0, ended_at=None,
     )  # fmt: skip
     assert table.find("j") == table.get(new.uid) == job
@@ -335,6 +335,17 @@ def test_what_held_a_job_up_is_forgotten_when_it_is_tried_again(
     assert claim(table) is not None
     table.release(job.uid, "a")
     assert read(table, job).error is None
+
+
+def test_strikes_count_until_there_is_a_chunk(table: JobTable) -> None:
+    job = running(table)
+    table.release(job.uid, "a", error=b"no memory", is_strike=True)
+    claim(table)
+    table.release(job.uid, "a", error=b"full")
+    assert read(table, job).strikes == 1
+    claim(table)
+    assert commit(table, job.uid, 0)
+    assert read(table, job).strikes == 0
 
 
 def test_what_held_a_job_up_is_forgotten_when_it_ends(table: JobTable) -> None:
