@@ -132,6 +132,8 @@ class JobRun:
         )
 
     async def _run(self) -> None:
+        if self._record.strikes >= _MOST_STRIKES:
+            raise _deadly(self._record)
         request = await self._restore(self._record)
         self._task = task = request.task
         await self._in_thread(self._table.unsettle, self._uid, self._server, boot_id())
@@ -318,6 +320,19 @@ def boot_id() -> str | None:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return None
+
+
+def _deadly(record: JobRecord) -> ServiceError:
+    function = f"functions/{record.function}"
+    return ServiceError(
+        "WORKER_DIED",
+        f"{function} was not computed: {record.strikes} times the server was killed, "
+        "or its memory did not suffice, before the job got any further. Submit the job "
+        "again with a smaller batch_size or less to read at once, have a server with "
+        "more memory run it, or mend the function.",
+        function=function,
+        strikes=record.strikes,
+    )
 
 
 def _not_finite(plan: JobPlan, row: int) -> ServiceError:

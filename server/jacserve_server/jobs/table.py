@@ -234,8 +234,8 @@ class JobTable:
         It is one of whoever has the fewest that run, and of these the oldest.
 
         That is a queued one that this server, a dead one or nobody has accepted, or a
-        running one whose server is dead. Of two servers only one gets it. A server has
-        one thread that claims.
+        running one whose server is dead, which is a strike against it. Of two servers
+        only one gets it. A server has one thread that claims.
 
         Args:
             server: The id of the server.
@@ -273,11 +273,14 @@ class JobTable:
                 return None
             is_it = jobs.c.uid == found.uid
             started_at = now if found.started_at is None else found.started_at
+            # It may have been what ended its server.
+            is_strike = found.state == "running" and found.owner != server
             self._rows.change(
                 connection,
                 is_it,
                 state="running",
                 owner=server,
+                strikes=found.strikes + int(is_strike),
                 error=None,
                 retry_at=None,
                 started_at=started_at,

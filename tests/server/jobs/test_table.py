@@ -293,6 +293,20 @@ def test_a_dead_server_s_job_is_taken_over(table: JobTable) -> None:
     assert commit(table, job.uid, 0, server="b")
 
 
+def test_the_death_of_a_server_is_a_strike_against_what_it_ran(
+    table: JobTable,
+) -> None:
+    job = running(table)
+    table.create(new_job("queued"))
+    for _ in range(2):  # Then it is its own, of which it has lost track.
+        taken = claim(table, "b", none_lives)
+        assert taken is not None
+        assert (taken.uid, taken.strikes) == (job.uid, 1)
+    other = claim(table, "b", none_lives, running={job.uid})
+    assert other is not None
+    assert (other.job_id, other.strikes) == ("queued", 0)
+
+
 def test_a_server_takes_up_again_what_it_has_lost_track_of(table: JobTable) -> None:
     job = running(table)
     assert claim(table, running={job.uid}) is None
