@@ -1,12 +1,13 @@
 """Functions for jobs that tests interrupt: they note what they compute, and wait.
 
 Every function takes the number of each point as `row`, counted from a million times
-the number of the job. Two files steer all servers on one folder: `JOB_TEST_LOG` gets a
-line for each batch computed, and no job gets further than to the point in
-`JOB_TEST_GATE`.
+the number of the job. Files steer all servers on one folder: `JOB_TEST_LOG` gets a line
+for each batch computed, no job gets further than to the point in `JOB_TEST_GATE`, and
+the one in `JOB_TEST_FATAL`, where there is such a file, kills whatever computes it.
 """
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -32,6 +33,9 @@ def note(row: np.ndarray) -> np.ndarray:
     if gate := os.environ.get("JOB_TEST_GATE"):
         while int(Path(gate).read_text()) <= (rows % JOB).max():
             time.sleep(0.005)
+    fatal = Path(os.environ.get("JOB_TEST_FATAL", "none"))
+    if fatal.exists() and int(fatal.read_text()) in rows % JOB:
+        os.kill(os.getpid(), signal.SIGKILL)
     if FAILING_ROW in rows % JOB:
         raise RuntimeError(f"the pump is dry at row {FAILING_ROW}")
     if log := os.environ.get("JOB_TEST_LOG"):

@@ -54,11 +54,13 @@ class JobHome:
         self.results = self.jobs_dir / "results"
         self.uploads = self.jobs_dir / "uploads"
         self._log, self._gate = folder / "log", folder / "gate"
+        self.fatal = folder / "fatal"
         self._environment = {
             "JACSERVE_DEVICE": "cpu",
             "JACSERVE_JOBS_DIR": str(self.jobs_dir),
             "JOB_TEST_LOG": str(self._log),
             "JOB_TEST_GATE": str(self._gate),
+            "JOB_TEST_FATAL": str(self.fatal),
             **environment,
         }
         self._servers: list[JobServer] = []

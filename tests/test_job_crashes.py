@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jacserve.queries import EvaluateOptions
-from job_calls import FINAL, points
+from job_calls import FAILED, FINAL, QUEUED, points, reason_of
 from job_functions import JOB
 from job_servers import JobHome, JobServer
 
@@ -204,6 +204,36 @@ def test_a_store_that_is_half_made_is_made_again(home):
         started_ns = time.time_ns()
         jobs.restart()
     jobs.finish()
+
+
+def test_a_job_that_ends_its_server_again_and_again_is_given_up(home):
+    home.fatal.write_text("0")
+    server = home.start()
+    create(server, "a", KINDS["dense"], 1)
+    server.process.wait(60)
+    home.query("update jacserve_jobs set strikes = 3")
+    home.start().process.wait(60)
+    server = home.start()
+    job = server.calls.wait("a", FAILED)
+    assert reason_of(job) == "WORKER_DIED"
+    assert "5 times the server was killed" in job.error.message
+    home.fatal.unlink()
+    create(server, "b", KINDS["dense"], 2)
+    server.calls.wait("b")
+
+
+def test_a_job_outlives_the_worker_process_that_runs_it(tmp_path):
+    with closing(JobHome(tmp_path, JACSERVE_ISOLATION="process")) as home:
+        home.fatal.write_text("100")
+        server = home.start()
+        create(server, "a", KINDS["dense"], 1)
+        job = server.calls.until("a", lambda job: job.HasField("error"))
+        home.fatal.unlink()
+        assert (job.state, reason_of(job)) == (QUEUED, "WORKER_DIED")
+        assert job.progress.done_count > 0
+        job = server.calls.wait("a")
+        check_counters(job, KINDS["dense"])
+        assert not job.HasField("error")
 
 
 def documents(folder: Path, since_ns: int) -> int:

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -134,6 +135,31 @@ def test_the_store_of_one_job_may_come_back(home):
     away.rename(home.store(job))
     server.calls.wait("a")
     check_result(server.calls, "a", jacobians)
+
+
+def test_jobs_go_on_when_the_table_comes_back_that_was_away_at_the_start(tmp_path):
+    database = tmp_path / "database"
+    database.mkdir()
+    url = f"sqlite:///{database}/jobs.sqlite"
+    with closing(JobHome(tmp_path, JACSERVE_JOBS_DATABASE=url)) as home:
+        server = home.start()
+        home.open(100)
+        create_dense(server, "a", 200, 1)
+        server.calls.until("a", lambda job: job.progress.done_count == 100)
+        server.kill()
+        away = database.rename(tmp_path / "away")
+        server = home.start()
+        deadline = time.monotonic() + 60
+        while "no jobs are run" not in server.errors():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        away.rename(database)
+        home.open()
+        # Nobody asks for jobs meanwhile.
+        while JOB + 199 not in home.times_computed():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        server.calls.wait("a")
 
 
 @pytest.fixture

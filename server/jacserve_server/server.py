@@ -56,6 +56,8 @@ _MESSAGE_BYTES = 4 * 2**20
 # In so many ticks on end no call may arrive before the server closes its connections;
 # and so long it waits for that.
 _TICK_S, _QUIET_TICKS, _MOST_REFUSING_S = 0.01, 3, 1.0
+# How long jobs wait for their table to be looked for again, where it is away.
+_FIRST_RETRY_S, _LONGEST_RETRY_S = 2.0, 300.0
 _METADATA_BYTES = 2**13
 _HANDSHAKE_MS = 10_000
 KEEPALIVE = (
@@ -292,10 +294,17 @@ class Server:
         """Opens the table of jobs, unless there has never been a job."""
         if self._config.jobs_database is None and not self._config.jobs_dir.exists():
             return
-        try:
-            await self._jobs.desk()
-        except ServiceError as error:
-            _log.warning("no jobs are run: %s", error.message)
+        delay_s = _FIRST_RETRY_S
+        while True:
+            try:
+                await self._jobs.desk()
+                return
+            except ServiceError as error:
+                _log.warning("no jobs are run: %s", error.message)
+                if error.reason != "STORAGE_UNAVAILABLE":
+                    return
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, _LONGEST_RETRY_S)
 
     async def ended(self) -> None:
         """Waits until nothing is answered any more: told to stop, or by a fault.

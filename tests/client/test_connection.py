@@ -490,7 +490,9 @@ def test_a_query_that_ends_servers_is_kept_from_most_of_them() -> None:
             assert left()
 
 
-def test_a_query_that_was_cut_off_is_sent_again_twice(seen: tuple[Between, str]) -> None:
+def test_a_query_that_was_cut_off_is_sent_again_twice(
+    seen: tuple[Between, str],
+) -> None:
     handler, target = seen
     with jacserve.Client(target, retries=10) as client:
         handler.spoiled.extend([status(UNAVAILABLE)] * 2)

@@ -31,7 +31,6 @@ from jacserve_server.machine import Machine
 
 T = TypeVar("T")
 
-_MOST_FIELDS = 20_000
 # A watcher hears of a job at most so often, and of one that another server runs
 # after so long.
 _NEWS_S, _POLL_S = 0.25, 1.0
@@ -351,10 +350,9 @@ class JobDesk:
             )
 
     async def _sweep(self) -> None:
-        await self._in_pool(self._folder.sweep, self._is_known)
-
-    def _is_known(self, uid: str) -> bool:
-        return self._table.get(uid) is not None
+        for uid in await self._in_pool(self._folder.sweep):
+            if await self._in_table(self._table.get, uid) is None:
+                await self._in_pool(self._folder.remove, uid)
 
     def _make_run(self, record: JobRecord) -> JobRun:
         return JobRun(

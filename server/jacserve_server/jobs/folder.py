@@ -7,7 +7,6 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 
 from jacserve_server.jobs.liveness import Presence
@@ -70,22 +69,30 @@ class JobFolder:
         """Removes the arrays of a job."""
         shutil.rmtree(self._uploads / uid, ignore_errors=True)
 
-    def sweep(self, is_known: Callable[[str], bool]) -> None:
+    def sweep(self) -> list[str]:
         """Removes what servers that were killed have left of jobs not yet made.
 
-        Args:
-            is_known: Tells whether there is a job of a uid.
+        Returns:
+            The uids of other arrays, which may be left, too: where no job has them.
         """
+        kept: list[str] = []
         for path in self._uploads.iterdir():
             uid, _, server = path.name.partition(".")
-            if server:
-                is_left = not self.presence.is_alive(server)
-            else:
+            if not server:
                 # A moment passes between a job's files and the job.
-                age_s = time.time() - path.stat().st_mtime
-                is_left = age_s > _STALE_S and not is_known(uid)
-            if is_left:
+                if _age_s(path) > _STALE_S:
+                    kept.append(uid)
+            elif not self.presence.is_alive(server):
                 shutil.rmtree(path, ignore_errors=True)
+        return kept
+
+
+def _age_s(path: Path) -> float:
+    """Returns how old a folder is; 0 where others have removed it meanwhile."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _name_of(path: Path) -> str:

@@ -62,6 +62,8 @@ class JobRecord:
         owner: The id of the server that runs it, has run it to its end, or is the
             first to look at it.
         attempts: How often in a row it was held up.
+        strikes: How often since its last chunk it may have been at fault itself: its
+            process died, or the memory did not suffice.
         retry_at: When it is tried again; None for at once.
         ttl_s: How long it is kept after it has ended.
         created_at: When it was created.
@@ -91,6 +93,7 @@ class JobRecord:
     fingerprint: str | None
     owner: str | None
     attempts: int
+    strikes: int
     retry_at: float | None
     ttl_s: float
     created_at: float

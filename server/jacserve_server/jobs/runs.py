@@ -29,15 +29,12 @@ _SYNC_S = 0.25
 # The rate is that of so many seconds.
 _RATE_S = 10.0
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 2.0, 300.0
-# What passes with time, or when somebody mends it. Everything else is the job's own
-# fault.
-_PASSING = {
-    "STORAGE_UNAVAILABLE",
-    "FUNCTION_CHANGED",
-    "SHUTTING_DOWN",
-    "COMPILE_BUDGET_SPENT",
-    "QUEUE_FULL",
-}
+# What passes when somebody mends it, or elsewhere.
+_PASSING = {"STORAGE_UNAVAILABLE", "FUNCTION_CHANGED", "SHUTTING_DOWN"}
+# What the machine has done to a job whose program has run well before, unless it does
+# so again and again. Everything else is the job's own fault.
+_STRIKES = {"DEVICE_OUT_OF_MEMORY", "WORKER_DIED"}
+_MOST_STRIKES = 5
 
 
 class _LostJobError(Exception):
@@ -82,6 +79,7 @@ class JobRun:
         self._clock = clock
         self._task: Task | None = None
         self._done: set[int] = set()
+        self._has_committed = False  # In this run.
         self._first_bad: int | None = None  # The first row that gave NaN or Inf.
         self._ready = 0  # Chunks before the first that is not done.
         self._unsettled: list[int] = []
@@ -112,17 +110,30 @@ class JobRun:
         status = status_of(failure, request_id).SerializeToString()
         _log.info("job %s: %s", self._record.job_id, failure.message)
         try:
-            if failure.reason in _PASSING:
-                delay_s = _FIRST_RETRY_S * 2.0 ** min(self._record.attempts, 30)
-                retry_at = self._clock() + min(delay_s, _LONGEST_RETRY_S)
-                await self._in_thread(self._release, status, retry_at)
-            else:
+            is_strike = not _is_passing(failure)
+            if is_strike and not self._is_forgiven(failure):
                 await self._in_thread(self._finish, "failed", status)
+                return
+            attempts = 0 if self._has_committed else self._record.attempts
+            delay_s = _FIRST_RETRY_S * 2.0 ** min(attempts, 30)
+            retry_at = self._clock() + min(delay_s, _LONGEST_RETRY_S)
+            await self._in_thread(self._release, status, retry_at, is_strike)
         except ServiceError as error:
             # It stays this server's, which claims it again when the table is back.
             _log.error("job %s: %s", self._record.job_id, error)
 
+    def _is_forgiven(self, failure: ServiceError) -> bool:
+        """Tells whether what may be the job's fault is no reason to give it up yet."""
+        record = self._record
+        has_run_well = self._has_committed or record.done_count > 0
+        strikes = 0 if self._has_committed else record.strikes
+        return (
+            failure.reason in _STRIKES and has_run_well and strikes + 1 < _MOST_STRIKES
+        )
+
     async def _run(self) -> None:
+        if self._record.strikes >= _MOST_STRIKES:
+            raise _deadly(self._record)
         request = await self._restore(self._record)
         self._task = task = request.task
         await self._in_thread(self._table.unsettle, self._uid, self._server, boot_id())
@@ -230,6 +241,7 @@ class JobRun:
         )
         is_kept = await self._in_thread(self._keep, chunk, self._rate(), ready)
         self._check_kept(is_kept)
+        self._has_committed = True
         self._unsettled.append(report.index)
         self._on_progress(self._uid)
 
@@ -277,14 +289,25 @@ class JobRun:
         )
 
     def _release(
-        self, error: bytes | None = None, retry_at: float | None = None
+        self,
+        error: bytes | None = None,
+        retry_at: float | None = None,
+        is_strike: bool = False,
     ) -> bool:
         return self._table.release(
-            self._uid, self._server, error=error, retry_at=retry_at
+            self._uid,
+            self._server,
+            error=error,
+            retry_at=retry_at,
+            is_strike=is_strike,
         )
 
     def _finish(self, state: Any, error: bytes | None) -> bool:
         return self._table.finish(self._uid, self._server, state, error=error)
+
+
+def _is_passing(failure: ServiceError) -> bool:
+    return failure.reason in _PASSING or failure.retry_after_s is not None
 
 
 def _exception(task: asyncio.Task[ChunkReport]) -> BaseException | None:
@@ -297,6 +320,19 @@ def boot_id() -> str | None:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return None
+
+
+def _deadly(record: JobRecord) -> ServiceError:
+    function = f"functions/{record.function}"
+    return ServiceError(
+        "WORKER_DIED",
+        f"{function} was not computed: {record.strikes} times the server was killed, "
+        "or its memory did not suffice, before the job got any further. Submit the job "
+        "again with a smaller batch_size or less to read at once, have a server with "
+        "more memory run it, or mend the function.",
+        function=function,
+        strikes=record.strikes,
+    )
 
 
 def _not_finite(plan: JobPlan, row: int) -> ServiceError:

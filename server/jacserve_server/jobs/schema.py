@@ -58,6 +58,7 @@ jobs = Table(
     Column("fingerprint", String),
     Column("owner", String),
     Column("attempts", Integer, nullable=False, default=0),
+    Column("strikes", Integer, nullable=False, default=0),
     Column("retry_at", Double),
     Column("ttl_s", Double, nullable=False),
     Column("created_at", Double, nullable=False),

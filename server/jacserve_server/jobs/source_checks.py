@@ -90,10 +90,12 @@ def parsing(location: Location, array: str = "") -> Iterator[None]:
 
     Raises:
         ServiceError: SOURCE_UNREADABLE, or the storage's.
+        MemoryError: There is none left.
     """
     try:
         yield
-    except ServiceError:
+    except (ServiceError, MemoryError):
+        # That there is no memory says nothing of the file.
         raise
     except Exception as error:
         said = _ADDRESS.sub(r"\1://...", describe_exception(error))

@@ -234,8 +234,8 @@ class JobTable:
         It is one of whoever has the fewest that run, and of these the oldest.
 
         That is a queued one that this server, a dead one or nobody has accepted, or a
-        running one whose server is dead. Of two servers only one gets it. A server has
-        one thread that claims.
+        running one whose server is dead, which is a strike against it. Of two servers
+        only one gets it. A server has one thread that claims.
 
         Args:
             server: The id of the server.
@@ -273,8 +273,17 @@ class JobTable:
                 return None
             is_it = jobs.c.uid == found.uid
             started_at = now if found.started_at is None else found.started_at
+            # It may have been what ended its server.
+            is_strike = found.state == "running" and found.owner != server
             self._rows.change(
-                connection, is_it, state="running", owner=server, started_at=started_at
+                connection,
+                is_it,
+                state="running",
+                owner=server,
+                strikes=found.strikes + int(is_strike),
+                error=None,
+                retry_at=None,
+                started_at=started_at,
             )
             return self._rows.one(connection, is_it)
 
@@ -349,8 +358,7 @@ class JobTable:
                     execute_s=job.execute_s + chunk.execute_s,
                     points_per_s=points_per_s,
                     attempts=0,
-                    error=None,
-                    retry_at=None,
+                    strikes=0,
                 )
             return True
 
@@ -406,6 +414,7 @@ class JobTable:
         *,
         error: bytes | None = None,
         retry_at: float | None = None,
+        is_strike: bool = False,
     ) -> bool:
         """Queues a running job again, for any server.
 
@@ -415,13 +424,18 @@ class JobTable:
             error: What holds it up, as a serialized google.rpc.Status; None where it
                 is released for the server's sake.
             retry_at: When to try again; None for at once.
+            is_strike: Whether it may be the job itself that is at fault.
 
         Returns:
             Whether the server ran the job.
         """
         why = {}
         if error is not None:
-            why = {"error": error, "attempts": jobs.c.attempts + 1}
+            why = {
+                "error": error,
+                "attempts": jobs.c.attempts + 1,
+                "strikes": jobs.c.strikes + int(is_strike),
+            }
         is_it = runs(uid, server)
         with self._database.writing() as connection:
             return self._rows.move(

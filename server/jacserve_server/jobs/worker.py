@@ -99,6 +99,9 @@ class JobWorker:
                     self._begin(record)
             except ServiceError as error:
                 _log.error("jobs wait: %s", error)
+            except Exception:
+                # Whatever it is, it may pass, and there is nobody to start this again.
+                _log.exception("jobs wait")
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_S):
                     await self._awake.wait()
@@ -129,6 +132,8 @@ class JobWorker:
                 await self._tidy()
             except ServiceError as error:
                 _log.error("jobs are not tidied up: %s", error)
+            except Exception:
+                _log.exception("jobs are not tidied up")
             with suppress(TimeoutError):
                 async with asyncio.timeout(_TIDY_S):
                     await self._untidy.wait()

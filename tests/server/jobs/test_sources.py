@@ -27,6 +27,7 @@ from hypothesis.extra import numpy as hnp
 
 from jacserve.vocabulary import DTYPES
 from jacserve_server.errors import ServiceError
+from jacserve_server.jobs.source_checks import parsing
 from jacserve_server.jobs.sources import Source, open_source
 from jacserve_server.jobs.storage import Location, locate
 
@@ -854,3 +855,8 @@ def test_files_are_closed(
         open_source(at(tmp_path, path), "no such array")
     held = [os.path.realpath(file) for file in Path("/proc/self/fd").iterdir()]
     assert not [name for name in held if str(tmp_path) in name]
+
+
+def test_a_lack_of_memory_is_not_said_of_the_file(tmp_path: Path) -> None:
+    with pytest.raises(MemoryError), parsing(at(tmp_path, "x.npy")):
+        bytearray(2**62)

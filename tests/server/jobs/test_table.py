@@ -177,7 +177,7 @@ def test_a_new_job_is_queued(table: JobTable) -> None:
         digest="digest", function="f@1", point_count=2**40, batch_size=None,
         chunk_size=None, done_count=0, ready_count=0, non_finite_count=0,
         first_non_finite=None, points_per_s=0.0, execute_s=0.0, error=None, output="",
-        fingerprint=None, owner="a", attempts=0, retry_at=None, ttl_s=1.5,
+        fingerprint=None, owner="a", attempts=0, strikes=0, retry_at=None, ttl_s=1.5,
         created_at=1.0, started_at=None, updated_at=1.0, ended_at=None,
     )  # fmt: skip
     assert table.find("j") == table.get(new.uid) == job
@@ -293,6 +293,20 @@ def test_a_dead_server_s_job_is_taken_over(table: JobTable) -> None:
     assert commit(table, job.uid, 0, server="b")
 
 
+def test_the_death_of_a_server_is_a_strike_against_what_it_ran(
+    table: JobTable,
+) -> None:
+    job = running(table)
+    table.create(new_job("queued"))
+    for _ in range(2):  # Then it is its own, of which it has lost track.
+        taken = claim(table, "b", none_lives)
+        assert taken is not None
+        assert (taken.uid, taken.strikes) == (job.uid, 1)
+    other = claim(table, "b", none_lives, running={job.uid})
+    assert other is not None
+    assert (other.job_id, other.strikes) == ("queued", 0)
+
+
 def test_a_server_takes_up_again_what_it_has_lost_track_of(table: JobTable) -> None:
     job = running(table)
     assert claim(table, running={job.uid}) is None
@@ -316,14 +330,36 @@ def test_a_job_that_is_held_up_waits(table: JobTable, clock: Clock) -> None:
     assert (held_up.error, held_up.attempts, held_up.retry_at) == (b"full", 1, 500.0)
     assert claim(table) is None
     clock.now = 500
-    assert claim(table) is not None
+    again = claim(table)
+    assert again is not None
+    assert (again.error, again.attempts, again.retry_at) == (None, 1, None)
     table.release(job.uid, "a", error=b"full still", retry_at=600.0)
     assert read(table, job).attempts == 2
     clock.now = 600
     assert claim(table) is not None
     assert commit(table, job.uid, 0)
-    gone_on = read(table, job)
-    assert (gone_on.error, gone_on.attempts, gone_on.retry_at) == (None, 0, None)
+    assert read(table, job).attempts == 0
+
+
+def test_what_held_a_job_up_is_forgotten_when_it_is_tried_again(
+    table: JobTable,
+) -> None:
+    job = running(table)
+    table.release(job.uid, "a", error=b"full", retry_at=0.0)
+    assert claim(table) is not None
+    table.release(job.uid, "a")
+    assert read(table, job).error is None
+
+
+def test_strikes_count_until_there_is_a_chunk(table: JobTable) -> None:
+    job = running(table)
+    table.release(job.uid, "a", error=b"no memory", is_strike=True)
+    claim(table)
+    table.release(job.uid, "a", error=b"full")
+    assert read(table, job).strikes == 1
+    claim(table)
+    assert commit(table, job.uid, 0)
+    assert read(table, job).strikes == 0
 
 
 def test_what_held_a_job_up_is_forgotten_when_it_ends(table: JobTable) -> None:

@@ -39,6 +39,7 @@ class Model:
     boots: dict[int, str | None] = field(default_factory=dict)
     chunk_size: int | None = None
     attempts: int = 0
+    strikes: int = 0
     retry_at: float | None = None
     is_deleted: bool = False
 
@@ -141,8 +142,9 @@ class Machine(RuleBasedStateMachine):
             return
         assert job is not None
         assert job.uid == min(may_run)[1]
-        self.models[job.uid].state = "running"
-        self.models[job.uid].owner = server
+        model = self.models[job.uid]
+        model.strikes += model.state == "running" and model.owner != server
+        model.state, model.owner, model.retry_at = "running", server, None
 
     @precondition(lambda self: self.models)
     @rule(seat=seats, pick=picks)
@@ -163,7 +165,7 @@ class Machine(RuleBasedStateMachine):
         is_ours = self.runs(model, seat)
         if is_ours and index not in model.boots:
             model.boots[index] = boot
-            model.attempts, model.retry_at = 0, None
+            model.attempts = model.strikes = 0
         assert is_ours == self.tables[seat].commit(
             uid,
             self.servers[seat],
@@ -273,6 +275,7 @@ class Machine(RuleBasedStateMachine):
             model.owner,
         )
         assert (job.attempts, job.retry_at) == (model.attempts, model.retry_at)
+        assert job.strikes == model.strikes
         assert job.chunk_size == model.chunk_size
         assert [chunk.index for chunk in chunks] == sorted(model.boots)
         assert job.done_count == ROWS * len(chunks)
