@@ -254,7 +254,10 @@ class Executor:
         self.places = 1 + len(others)
         self._others = others
         self._replicas = Replicas[Program](
-            self._replica, len(others), max_programs=max_programs
+            self._replica,
+            len(others),
+            max_programs=max_programs,
+            max_owned_programs=max_owned_programs,
         )
         # The scheduler sees to it that no device has more than its threads.
         self._device_threads = DeviceThreads(threads * self.places)
@@ -310,7 +313,7 @@ class Executor:
         function, owner = self._find(key.computation.function), owner_of(client)
         deciding = partial(self._make, self._decide, function, key)
         decided, decision = await self._decisions.get(key, deciding, owner)
-        compiling = partial(self._make, self._compile, function, key, decision)
+        compiling = partial(self._make, self._compile, function, key, decision, owner)
         return await self._programs.get(decided, compiling, owner)
 
     async def fingerprint(self, key: ProgramKey, client: str = "") -> str:
@@ -364,9 +367,17 @@ class Executor:
         """
         return program if place == 0 else self._replicas.find(program, place - 1)
 
-    def is_coming(self, program: Program, place: int) -> bool:
-        """Whether a program that `on` has not found is still being compiled there."""
-        return self._replicas.is_coming(program, place - 1)
+    async def replica(self, program: Program, place: int) -> Program | None:
+        """Returns a program on one of the other devices, compiled if need be.
+
+        Args:
+            program: The one on the first device.
+            place: The device's place among all.
+
+        Returns:
+            The program there; None if it can't be compiled.
+        """
+        return await self._replicas.get(program, place - 1)
 
     def when_ready(self, call: Callable[[], None]) -> None:
         """Has a function called whenever a program got ready on another device."""
@@ -419,12 +430,20 @@ class Executor:
                 self._compile_s += time.monotonic() - start
 
     def _compile(
-        self, function: RegisteredFunction, key: ProgramKey, decision: Decision
+        self,
+        function: RegisteredFunction,
+        key: ProgramKey,
+        decision: Decision,
+        owner: str,
     ) -> Program:
         try:
-            return compile_program(function, key, decision, self._device, self._limits)
+            program = compile_program(
+                function, key, decision, self._device, self._limits
+            )
         finally:
             self._remember_less()
+        self._replicas.note_owner(program, owner)
+        return program
 
     def _remember_less(self) -> None:
         """Empties JAX's own caches, each time as many programs were made as are kept.

@@ -41,8 +41,8 @@ class SingleFlight(Generic[K, V]):
 
         Args:
             submit: Has an entry made for somebody, in another thread.
-            capacity: The most entries kept. One that belongs to nobody, "", goes last;
-                of one owner the least recently used goes first.
+            capacity: The most entries kept when they are made. One that belongs to
+                nobody, "", goes last; of one owner the least recently used goes first.
             share: The most that are kept of one owner; None for any.
             is_owners_alone: Tells whether an entry could not be made for its owner
                 only; then others who wait ask for it themselves.
@@ -60,11 +60,6 @@ class SingleFlight(Generic[K, V]):
     def has(self, key: K) -> bool:
         """Tells whether an entry is made, or being made."""
         return key in self._entries
-
-    def is_made(self, key: K) -> bool:
-        """Tells whether an entry is made."""
-        entry = self._entries.get(key)
-        return entry is not None and entry.made.done()
 
     def ready(self, key: K) -> V | None:
         """Returns an entry that is made already, else None."""
@@ -102,15 +97,27 @@ class SingleFlight(Generic[K, V]):
                 if not entry.waiters and entry.making.cancel():
                     self._drop(key, entry)
 
-    def begin(self, key: K, make: Callable[[], V], on_made: Callable[[], None]) -> None:
+    def begin(
+        self,
+        key: K,
+        make: Callable[[], V],
+        on_made: Callable[[], None],
+        owner: str,
+    ) -> None:
         """Has an entry made that nobody waits for.
 
         Args:
             key: Which entry; one that is not there.
             make: Makes it; runs in another thread.
-            on_made: Called once it is made, in the event loop.
+            on_made: Called once it is made, in the event loop; not if it fails.
+            owner: Whose it is; "" for the server itself.
         """
-        self._begun(key, make, "").made.add_done_callback(lambda _: on_made())
+
+        def tell(made: "asyncio.Future[V]") -> None:
+            if not made.cancelled() and made.exception() is None:
+                on_made()
+
+        self._begun(key, make, owner).made.add_done_callback(tell)
 
     def _begun(self, key: K, make: Callable[[], V], owner: str) -> _Entry[V]:
         entry = self._entries[key] = _Entry(self._submit(owner, make), owner)
@@ -130,9 +137,8 @@ class SingleFlight(Generic[K, V]):
         most = max(strangers, key=made.__getitem__, default="")
         if most and self._share is not None and made[most] > self._share:
             return most
-        if len(self._entries) <= self._capacity or not made:
-            return None
-        return most
+        # What is yet to be made drives out nothing, however much of it waits.
+        return most if made.total() > self._capacity else None
 
     def _oldest(self, owner: str) -> K:
         entries = self._entries.items()

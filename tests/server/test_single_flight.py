@@ -102,3 +102,21 @@ def test_the_least_recently_used_goes_first() -> None:
         assert [cache.ready(key) for key in "abc"] == ["A", None, "C"]
 
     run(scenario)
+
+
+def test_what_waits_to_be_made_drives_out_nothing() -> None:
+    gate = threading.Event()
+
+    async def scenario(cache: SingleFlight[str, str]) -> None:
+        await cache.get("a", "a".upper)
+        asking = [
+            asyncio.create_task(cache.get(key, lambda: str(gate.wait(10))))
+            for key in "cdef"
+        ]
+        await cache.get("b", "b".upper)
+        await asyncio.sleep(0)
+        assert [cache.ready(key) for key in "ab"] == ["A", "B"]
+        gate.set()
+        await asyncio.gather(*asking)
+
+    run(scenario, threads=2)

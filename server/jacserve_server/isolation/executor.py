@@ -70,7 +70,7 @@ _COPIED_HERE_BYTES = 2**18
 _MOST_TRIES = 3
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class IsolatedProgram:
     """What is known here of a program in the worker.
 
@@ -154,7 +154,10 @@ class IsolatedExecutor:
             is_owners_alone=is_owners_alone,
         )
         self._replicas = Replicas[IsolatedProgram](
-            self._replica, self.places - 1, max_programs=max_programs
+            self._replica,
+            self.places - 1,
+            max_programs=max_programs,
+            max_owned_programs=max_owned_programs,
         )
         self._lone = asyncio.Lock()
 
@@ -188,8 +191,9 @@ class IsolatedExecutor:
             ServiceError: It can't be made, or not for this client now.
         """
         self._quarantine.check(key.computation.function)
-        making = partial(self._first, key)
-        return await self._programs.get(key, making, owner_of(client))
+        owner = owner_of(client)
+        making = partial(self._first, key, owner)
+        return await self._programs.get(key, making, owner)
 
     async def fingerprint(self, key: ProgramKey, client: str = "") -> str:
         """Identifies what a program computes; see the other `Executor`."""
@@ -285,9 +289,10 @@ class IsolatedExecutor:
         """Waits, in a thread, for what is done in the event loop."""
         return asyncio.run_coroutine_threadsafe(call(), self._loop).result()
 
-    def _first(self, key: ProgramKey) -> IsolatedProgram:
+    def _first(self, key: ProgramKey, owner: str) -> IsolatedProgram:
         program = self._in_loop(partial(self._prepare, key, 0))
         assert program is not None  # The first device has all.
+        self._replicas.note_owner(program, owner)
         return program
 
     def _replica(self, program: IsolatedProgram, place: int) -> IsolatedProgram | None:

@@ -86,7 +86,6 @@ class Worker:
         self._max_names = 0
         self._regions: dict[int, memoryview] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._replica_ready: asyncio.Event = asyncio.Event()
         self._channel = Channel(
             end,
             on_message=self._take,
@@ -141,7 +140,6 @@ class Worker:
             ),
             measured=partial(measurements.find, device=device.device_kind),
         )
-        self._executor.when_ready(self._tell_replicas)
         xla_threads.yield_to_others()
         return Ready(
             devices=tuple(map(device_name, devices)),
@@ -190,11 +188,7 @@ class Worker:
     ) -> tuple[Prepared | Unavailable, bytes]:
         program = await executor.prepare(order.key)
         if order.place:
-            found = executor.on(program, order.place)
-            while found is None and executor.is_coming(program, order.place):
-                self._replica_ready.clear()
-                await self._replica_ready.wait()
-                found = executor.on(program, order.place)
+            found = await executor.replica(program, order.place)
             if found is None:
                 return Unavailable(order.id), b""
             program = found
@@ -214,9 +208,6 @@ class Worker:
             is_lone=program.is_lone,
         )
         return prepared, b"".join(pattern_bytes(pattern) for _, pattern in patterns)
-
-    def _tell_replicas(self) -> None:
-        self._replica_ready.set()
 
     def _program(self, executor: Executor, order: Run) -> Program | None:
         key, place = self._names.get(order.program, (None, 0))
