@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -222,6 +223,22 @@ def test_ordinary_failures_cost_no_worker(client: jacserve.Client) -> None:
         assert error.reason == "EXECUTION_FAILED"
         assert words in str(error)
     assert worker_of(client) == before
+
+
+def test_no_memory_to_share_is_said_in_words_and_passes() -> None:
+    with (
+        server_process(FUNCTIONS, "--isolation", "process") as server,
+        jacserve.Client(server.target, timeout_s=SOON_S) as client,
+    ):
+        client.value("large", np.ones(3))
+        pid = server.process.pid
+        before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, before[1]))
+        error = failure(lambda: client.value("large", np.ones(100_000)))
+        assert error.reason == "DEVICE_OUT_OF_MEMORY"
+        assert "of arrays with the process of functions/large@1: Too many" in str(error)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+        assert client.value("large", np.ones(100_000))[-1] == 2.0
 
 
 @pytest.mark.slow

@@ -382,7 +382,7 @@ class IsolatedExecutor:
     ) -> Outcome | None:
         """Runs a program; returns None where the worker does not have it."""
         places = program.slots(work.batch)
-        region, is_new = connection.pool.take(places.size_bytes)
+        region, is_new = _taken(connection, undertaking, places.size_bytes)
         views: list[Array] = []
         try:
             views += places.views(region.memory)
@@ -407,6 +407,23 @@ class IsolatedExecutor:
 
     def _executing(self, function: str) -> Budget:
         return Budget(self._max_execute_s(function), "max_execute_s", "ran")
+
+
+def _taken(
+    connection: Connection, undertaking: Undertaking, size_bytes: int
+) -> tuple[Region, bool]:
+    try:
+        return connection.pool.take(size_bytes)
+    except OSError as error:
+        resource = f"functions/{undertaking.function}"
+        raise ServiceError(
+            "DEVICE_OUT_OF_MEMORY",
+            f"the server can't share {size_bytes} bytes of arrays with the process of "
+            f"{resource}: {error.strerror}. Ask for fewer points at once, or try again "
+            "later.",
+            function=resource,
+            wanted=f"{size_bytes} bytes",
+        ) from error
 
 
 def _question(
