@@ -129,7 +129,7 @@ def serve(
         from jacserve_server.loading import load_registries
         from jacserve_server.registration import build_catalog
         from jacserve_server.registry import RegistrationError
-        from jacserve_server.running import run, serve_until_signal
+        from jacserve_server.running import Ending, run, serve_until_signal
         from jacserve_server.server import WarmUpError
         from jacserve_server.telemetry import TelemetryError
         from jacserve_server.tls import CertificateError
@@ -170,7 +170,7 @@ def serve(
         print(f"Listening on {address} ({functions}).", flush=True)
 
     try:
-        is_drained = run(serve_until_signal(catalog, settings, announce))
+        ending = run(serve_until_signal(catalog, settings, announce))
     except (
         *(AddressError, CertificateError, DeviceError, StartError),
         *(TelemetryError, WarmUpError),
@@ -180,11 +180,11 @@ def serve(
         fail(str(error), "Nothing is served until this is mended.")
     except RegistrationError as error:
         fail(*error.problems, "Nothing is served until this is mended.")
-    print("Stopped." if is_drained else "Stopped while calls still ran.", flush=True)
+    print(ending.value, flush=True)
     # What runs or is compiled, perhaps for nobody any more, can't be interrupted, and
     # Python would wait for it or take its libraries down under it.
     logging.shutdown()
-    os._exit(int(not is_drained))
+    os._exit(int(ending in {Ending.CUT_OFF, Ending.FAULT}))
 
 
 def check(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -27,9 +28,18 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
+class Ending(Enum):
+    """How a server has ended, in words."""
+
+    DRAINED = "Stopped."
+    UNREADY = "Stopped before it was ready."
+    CUT_OFF = "Stopped while calls still ran."
+    FAULT = "Stopped by a fault, of which the log has more."
+
+
 async def serve_until_signal(
     catalog: Catalog, config: Config, on_start: Callable[[str], None]
-) -> bool:
+) -> Ending:
     """Serves until SIGTERM or SIGINT, or until gRPC has ended, then drains.
 
     Args:
@@ -38,7 +48,7 @@ async def serve_until_signal(
         on_start: Called with the address once calls are answered.
 
     Returns:
-        Whether it was told to stop, and all that ran has finished within the grace.
+        How it has ended.
 
     Raises:
         AddressError: The address can't be listened on.
@@ -59,7 +69,8 @@ async def serve_until_signal(
     await asyncio.wait({starting, told}, return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
         starting.cancel()
-        return False  # What is being compiled can't be stopped.
+        await asyncio.wait({starting})
+        return Ending.UNREADY
     on_start(await starting)
     ended = asyncio.create_task(server.ended())
     await asyncio.wait({told, ended}, return_when=asyncio.FIRST_COMPLETED)
@@ -68,7 +79,10 @@ async def serve_until_signal(
     for number in (signal.SIGTERM, signal.SIGINT):
         # A second one ends the process at once, whatever its threads do.
         loop.add_signal_handler(number, os._exit, 128 + number)
-    return await server.stop() and told.done()
+    is_drained = await server.stop()
+    if not told.done():
+        return Ending.FAULT
+    return Ending.DRAINED if is_drained else Ending.CUT_OFF
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
