@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from jacserve_server.errors import ServiceError
 from jacserve_server.isolation.channel import Channel, ChannelError, socket_pair
+from jacserve_server.isolation.process import WorkerProcess
 from jacserve_server.isolation.protocol import (
     FLAG,
     NEWS,
@@ -220,3 +221,31 @@ def test_two_strikes_put_a_function_into_quarantine() -> None:
     quarantine.check("f@1")
     quarantine.strike("f@1", "its process was killed by SIGSEGV")
     assert quarantine.reason("f@1") == ""
+
+
+def test_a_process_that_has_ended_is_not_killed_by_its_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    killed: list[int] = []
+    killpg = os.killpg
+
+    def note(group: int, number: int) -> None:
+        killed.append(group)
+        killpg(group, number)
+
+    monkeypatch.setattr(os, "killpg", note)
+
+    async def main() -> None:
+        ended = asyncio.Event()
+        ours, theirs = socket_pair()
+        process = WorkerProcess(theirs, lambda _: ended.set())
+        process.kill()
+        await asyncio.wait_for(ended.wait(), 20)
+        count = len(killed)
+        assert count >= 1
+        process.kill()
+        process.close()
+        assert len(killed) == count
+        ours.close()
+
+    asyncio.run(main())

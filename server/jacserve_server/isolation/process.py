@@ -88,6 +88,7 @@ class WorkerProcess:
             os.close(theirs)
             end.close()
         self.pid = self._process.pid
+        self._reaping = threading.Lock()
         self._loop.add_reader(self._output, self._log_output)
         self._waiting = threading.Thread(
             target=self._wait, name=f"worker-{self.pid}", daemon=True
@@ -95,10 +96,11 @@ class WorkerProcess:
         self._waiting.start()
 
     def kill(self) -> None:
-        """Ends it, and what it has started."""
-        # Nobody has this number yet while it has not been waited for.
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
+        """Ends it, and what it has started; nothing if it has ended."""
+        with self._reaping, suppress(ProcessLookupError, PermissionError):
+            # Once it has been waited for, its number may be another's.
+            if self._process.returncode is None:
+                os.killpg(self.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """Waits until it has ended, by itself if it does so soon."""
@@ -119,7 +121,8 @@ class WorkerProcess:
         # What it has started must not outlive it: the group is ended with it.
         os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         self.kill()
-        self._process.wait()
+        with self._reaping:
+            self._process.wait()
         with suppress(RuntimeError):  # The loop is closed: nobody asks any more.
             self._loop.call_soon_threadsafe(self._exited)
 
