@@ -138,6 +138,7 @@ def test_who_waits_for_an_entry_of_another_has_a_budget_of_its_own() -> None:
         await asyncio.sleep(0.3)
         gate.set()
         refused, *made = await asyncio.gather(*asking, return_exceptions=True)
+        assert isinstance(refused, Exception)
         assert is_owners_alone(refused)
         assert made == ["made"] * 2
 
