@@ -89,20 +89,22 @@ def test_the_upload_of_a_client_that_is_killed_leaves_nothing(home, server):
     check_nothing_left(home, server, "killed")
 
 
-def test_old_arrays_of_no_job_are_removed_after_a_sweep_that_failed(home, server):
-    left, away = home.uploads / "left", home.uploads.with_name("away")
-    for job_id in ("first", "second"):
-        server.calls.create(job_id, "dense", points(5, 3))
-        server.calls.wait(job_id)
-    left.mkdir()
-    an_hour_ago = time.time() - 3700
-    os.utime(left, (an_hour_ago, an_hour_ago))
-    home.uploads.rename(away)
-    server.calls.delete("first")
-    until(lambda: "jobs are not tidied up" in server.errors())
-    away.rename(home.uploads)
-    server.calls.delete("second")
-    until(lambda: not left.exists())
+def test_old_arrays_of_no_job_are_removed_after_a_sweep_that_failed(tmp_path):
+    with closing(JobHome(tmp_path)) as home:
+        server = home.start()
+        left, away = home.uploads / "left", home.uploads.with_name("away")
+        for job_id in ("first", "second"):
+            server.calls.create(job_id, "dense", points(5, 3))
+            server.calls.wait(job_id)
+        left.mkdir()
+        an_hour_ago = time.time() - 3700
+        os.utime(left, (an_hour_ago, an_hour_ago))
+        home.uploads.rename(away)
+        server.calls.delete("first")
+        until(lambda: "jobs are not tidied up" in server.errors())
+        away.rename(home.uploads)
+        server.calls.delete("second")
+        until(lambda: not left.exists())
 
 
 def ends_early(parts: list[bytes]) -> list[bytes]:
