@@ -524,3 +524,25 @@ def test_uploads_that_are_given_up_leave_nothing(client, target: str, folder: Pa
     while staged():
         assert time.monotonic() < deadline, staged()
         time.sleep(0.05)
+
+
+def test_a_batch_has_no_larger_results_than_the_server_allows(tmp_path: Path) -> None:
+    with (
+        serving(registry, jobs_dir=tmp_path, max_payload_bytes=2**20) as server,
+        jacserve.Client(server.target, timeout_s=120.0) as client,
+    ):
+        # The value of `wide` takes 32 KiB, the Jacobian of `chain` 2 MiB.
+        for batch_size in (100, None):
+            job = client.submit_job(
+                "wide", numbers(100), quantities="value", batch_size=batch_size
+            )
+            job.wait(60)
+            info = job.info()
+            assert info.state == "succeeded"
+            assert info.batch_size is not None
+            assert info.batch_size <= 32
+        u, k = numbers(4, 512), numbers(4)
+        job = client.submit_job("chain", (u, k), batch_size=4)
+        with pytest.raises(jacserve.JacobianError) as raised:
+            job.result(60)
+        assert raised.value.reason == "RESULT_TOO_LARGE"

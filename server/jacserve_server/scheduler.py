@@ -424,6 +424,7 @@ class Scheduler(Generic[P]):
         if program is None:
             program = await self._executor.prepare(key, client)
         compile_s = time.monotonic() - start
+        self._check_size(program, work, None)
         waiting = self._enter_queue(program, [work], client, None, self._background)
         [outcome] = await self._answer(waiting)
         outcome = replace(outcome, compile_s=compile_s)

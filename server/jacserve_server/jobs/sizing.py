@@ -49,7 +49,8 @@ async def choose_sizes(
     Args:
         run: Computes the first rows of the job, as one batch of so many.
         point_count: The rows of the job.
-        batch_size: The rows to compute at once; 0 to choose.
+        batch_size: The rows to compute at once, fewer where these are too many; 0 to
+            choose.
         max_batch: The most rows that its function takes at once.
 
     Returns:
@@ -61,7 +62,7 @@ async def choose_sizes(
     most = min(_power_above(point_count), _power_below(max_batch or point_count * 2))
     if batch_size:
         rows = min(batch_size, point_count, max_batch or batch_size)
-        sample = await run(rows)
+        rows, sample = await _fitting(run, rows)
     else:
         rows, sample = await _measured(run, most)
     seconds, row_bytes = sample.execute_s, _row_bytes(sample)
@@ -100,7 +101,7 @@ async def _measured(
 async def _fitting(
     run: Callable[[int], Awaitable[Outcome]], rows: int
 ) -> tuple[int, Outcome]:
-    """Runs as many rows as the device has memory for, of at most so many."""
+    """Runs as many rows as device and server have room for, of at most so many."""
     while True:
         try:
             return rows, await run(rows)
