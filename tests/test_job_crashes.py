@@ -211,12 +211,12 @@ def test_a_job_that_ends_its_server_again_and_again_is_given_up(home):
     server = home.start()
     create(server, "a", KINDS["dense"], 1)
     server.process.wait(60)
-    home.query("update jacserve_jobs set strikes = 3")
+    home.query("update jacserve_jobs set strikes = 8")
     home.start().process.wait(60)
     server = home.start()
     job = server.calls.wait("a", FAILED)
     assert reason_of(job) == "WORKER_DIED"
-    assert "5 times the server was killed" in job.error.message
+    assert "10 times the server was killed" in job.error.message
     home.fatal.unlink()
     create(server, "b", KINDS["dense"], 2)
     server.calls.wait("b")

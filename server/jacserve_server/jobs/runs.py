@@ -34,7 +34,8 @@ _PASSING = {"STORAGE_UNAVAILABLE", "FUNCTION_CHANGED", "SHUTTING_DOWN"}
 # What the machine has done to a job whose program has run well before, unless it does
 # so again and again. Everything else is the job's own fault.
 _STRIKES = {"DEVICE_OUT_OF_MEMORY", "WORKER_DIED"}
-_MOST_STRIKES = 5
+# Kills that follow each other closely may hit a job that is not at fault.
+_MOST_STRIKES = 10
 
 
 class _LostJobError(Exception):
