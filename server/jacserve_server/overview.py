@@ -7,12 +7,12 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from importlib.metadata import version
-from pathlib import Path
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from jacserve.v1 import admin_pb2 as pb
 from jacserve_server.errors import ServiceError
+from jacserve_server.isolation.process import resident_bytes
 from jacserve_server.isolation.supervisor import WorkerState
 from jacserve_server.machine import Machine
 from jacserve_server.tallies import Histogram, Tallies, quantile
@@ -121,7 +121,7 @@ class Overview:
                 for worker in self.workers()
             ],
             calls=_calls(self.tallies),
-            resident_bytes=resident_bytes(),
+            resident_bytes=resident_bytes(os.getpid()),
         )
 
     async def _counted_jobs(self) -> Mapping[str, int]:
@@ -167,19 +167,3 @@ def _functions(
         status(function).p50_seconds = quantile(histograms, 0.5)
         status(function).p99_seconds = quantile(histograms, 0.99)
     return sorted(found.values(), key=lambda each: (-each.query_count, each.name))
-
-
-def resident_bytes(process: int | str = "self") -> int:
-    """Returns the memory that a process has resident.
-
-    Args:
-        process: Its id.
-
-    Returns:
-        Bytes; 0 where that can't be told.
-    """
-    try:
-        pages = Path(f"/proc/{process}/statm").read_text().split()[1]
-    except (OSError, IndexError):
-        return 0
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 _log = logging.getLogger(__name__)
 # Settings may have passwords, and the worker is told what it needs.
@@ -30,6 +31,22 @@ def become_worker() -> None:
 def is_worker() -> bool:
     """Whether this process is a worker."""
     return _is_worker
+
+
+def resident_bytes(pid: int) -> int:
+    """Returns the memory that a process has resident.
+
+    Args:
+        pid: Its process id.
+
+    Returns:
+        Bytes; 0 where that can't be told.
+    """
+    try:
+        pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+    except (OSError, IndexError):
+        return 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 class WorkerProcess:
@@ -111,11 +128,7 @@ class WorkerProcess:
 
     def resident_bytes(self) -> int:
         """Returns its resident memory; 0 where that can't be told."""
-        try:
-            with open(f"/proc/{self.pid}/statm") as file:
-                return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        except (OSError, ValueError, IndexError):
-            return 0
+        return resident_bytes(self.pid)
 
     def _wait(self) -> None:
         # What it has started must not outlive it: the group is ended with it.

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from jacserve_server.admission import shutting_down
 from jacserve_server.errors import ServiceError
 from jacserve_server.isolation.connection import (
     Connection,
@@ -169,7 +170,7 @@ class Supervisor:
     def close(self) -> None:
         """Ends the worker; what it still does is lost."""
         self._is_closed = True
-        self._refusal = _shutting_down
+        self._refusal = shutting_down
         if self._starting is not None:
             self._starting.cancel()
         connection, self._connection = self._connection, None
@@ -295,12 +296,6 @@ class Supervisor:
                 seconds = time.monotonic() - start
                 _log.info("a new worker process is ready after %.1f s", seconds)
                 return
-
-
-def _shutting_down() -> ServiceError:
-    return ServiceError(
-        "SHUTTING_DOWN", "the server is shutting down. Try another one."
-    )
 
 
 def _no_worker() -> ServiceError:
