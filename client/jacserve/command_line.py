@@ -105,11 +105,13 @@ def parse_sizes(texts: Sequence[str] | None) -> dict[str, int]:
     Raises:
         ArrayTextError: A text is not of this form.
     """
-    pairs = [text.partition("=") for text in texts or ()]
-    for name, _, size in pairs:
+    sizes: dict[str, int] = {}
+    for text in texts or ():
+        name, _, size = text.partition("=")
         if not name.isidentifier() or not size.isdecimal():
-            raise ArrayTextError("--size takes NAME=SIZE, such as n=100.")
-    return {name: int(size) for name, _, size in pairs}
+            raise ArrayTextError(f"--size takes NAME=SIZE, such as n=100, not {text}.")
+        sizes[name] = int(size)
+    return sizes
 
 
 def stdout_console() -> Console:

@@ -216,18 +216,20 @@ def check(
     with needing_server():
         from jacserve import array_files
         from jacserve.client import Client
+        from jacserve.command_line import parse_sizes
         from jacserve.errors import JacobianError
         from jacserve_server.running import serving
     registries = loaded(targets)
     is_wrong = False
     try:
+        given_sizes = parse_sizes(sizes)
         with serving(*registries) as server, Client(server.target) as client:
             wanted = [client.describe(name) for name in functions or ()]
             for info in wanted or client.functions():
                 name = f"{info.name}@{info.version}"
                 given = inputs and array_files.read_inputs(inputs, info, None)
                 found = client.check(
-                    name, given or None, sizes=_sizes(sizes), points=points, seed=seed
+                    name, given or None, sizes=given_sizes, points=points, seed=seed
                 )
                 is_wrong |= any(c.was_compared and not c.ok for c in found)
                 is_wrong |= bool(found) and not any(c.was_compared for c in found)
@@ -296,6 +298,8 @@ def tune(
     jacserve tune functions.py --size n=1000
     """
     with needing_server():
+        from jacserve.array_files import ArrayTextError
+        from jacserve.command_line import parse_sizes
         from jacserve_server.errors import ServiceError
         from jacserve_server.executor import DeviceError, find_device, memory_budget
         from jacserve_server.measurements import Measurements
@@ -306,10 +310,11 @@ def tune(
     settings = _settings(config, device=device)
     _set_allocator(settings)
     try:
+        given_sizes = parse_sizes(sizes)
         catalog = build_catalog(loaded(targets))
         found_device = find_device(settings.device)
         chosen = [catalog.find(name) for name in functions or ()]
-    except (RegistrationError, DeviceError, ServiceError) as error:
+    except (ArrayTextError, RegistrationError, DeviceError, ServiceError) as error:
         fail(str(error))
     limits = Limits(
         result_bytes=2**62,
@@ -319,7 +324,7 @@ def tune(
     measured, is_complete = [], True
     for function in chosen or catalog.functions:
         try:
-            keys = keys_to_measure(function.spec, _sizes(sizes), dtypes, rows)
+            keys = keys_to_measure(function.spec, given_sizes, dtypes, rows)
             for key in keys:
                 measured.append(measure(function, key, found_device, limits))
                 _print_measurement(measured[-1])
@@ -347,14 +352,6 @@ def _print_measurement(measurement: "Measurement") -> None:
         f"{points}: [green]{fastest.label}[/green], {measurement.speedup:.2f} times as "
         f"fast as the rule by shape\n  [dim]{', '.join(ways)}[/dim]"
     )
-
-
-def _sizes(texts: list[str] | None) -> dict[str, int]:
-    pairs = [text.partition("=") for text in texts or ()]
-    for name, _, size in pairs:
-        if not name.isidentifier() or not size.isdecimal():
-            fail(f"--size takes NAME=SIZE, such as n=100, not {name}={size}.")
-    return {name: int(size) for name, _, size in pairs}
 
 
 def _settings(path: Path | None, **arguments: Any) -> "Config":

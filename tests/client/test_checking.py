@@ -246,4 +246,4 @@ def wrong(x: Float[Array, "2"]) -> Float[Array, "2"]:
     unknown = run(file, "--function", "wrnog")
     assert unknown.returncode == 2
     assert "Did you mean wrong" in unknown.stderr
-    assert "NAME=SIZE" in run(file, "--size", "n").stderr
+    assert "NAME=SIZE, such as n=100, not n." in run(file, "--size", "n").stderr
