@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import random
 import time
 import uuid
 from collections import deque
@@ -34,8 +35,10 @@ _PASSING = {"STORAGE_UNAVAILABLE", "FUNCTION_CHANGED", "SHUTTING_DOWN"}
 # What the machine has done to a job whose program has run well before, unless it does
 # so again and again. Everything else is the job's own fault.
 _STRIKES = {"DEVICE_OUT_OF_MEMORY", "WORKER_DIED"}
-# Kills that follow each other closely may hit a job that is not at fault.
 _MOST_STRIKES = 10
+# From so many on, a job is not begun at once: it may be what ends its servers, and
+# others get on meanwhile.
+_SUSPICIOUS_STRIKES = 5
 
 
 class _LostJobError(Exception):
@@ -133,8 +136,7 @@ class JobRun:
         )
 
     async def _run(self) -> None:
-        if self._record.strikes >= _MOST_STRIKES:
-            raise _deadly(self._record)
+        await self._lie_low()
         request = await self._restore(self._record)
         self._task = task = request.task
         await self._in_thread(self._table.unsettle, self._uid, self._server, boot_id())
@@ -151,6 +153,23 @@ class JobRun:
         await self._settle()
         if not await self._in_thread(self._finish, "succeeded", None):
             raise _LostJobError
+
+    async def _lie_low(self) -> None:
+        """Waits, the longer the more servers have ended while they ran the job."""
+        beyond = self._record.strikes - _SUSPICIOUS_STRIKES
+        if beyond < 0:
+            return
+        # Not all at once, lest what is at fault always meets the same others.
+        most_s = min(_FIRST_RETRY_S * 2.0 ** min(beyond, 30), _LONGEST_RETRY_S)
+        pause_s = random.uniform(0.5, 1.0) * most_s
+        _log.warning(
+            "job %s is begun in %.0f s: it was running %d times when its server was "
+            "killed, or its memory did not suffice",
+            self._record.job_id,
+            pause_s,
+            self._record.strikes,
+        )
+        await asyncio.sleep(pause_s)
 
     async def _planned(self, task: Task, batch_size: int) -> JobPlan:
         record = self._record
@@ -321,19 +340,6 @@ def boot_id() -> str | None:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return None
-
-
-def _deadly(record: JobRecord) -> ServiceError:
-    function = f"functions/{record.function}"
-    return ServiceError(
-        "WORKER_DIED",
-        f"{function} was not computed: {record.strikes} times the server was killed, "
-        "or its memory did not suffice, before the job got any further. Submit the job "
-        "again with a smaller batch_size or less to read at once, have a server with "
-        "more memory run it, or mend the function.",
-        function=function,
-        strikes=record.strikes,
-    )
 
 
 def _not_finite(plan: JobPlan, row: int) -> ServiceError:
