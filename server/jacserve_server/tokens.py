@@ -43,6 +43,11 @@ _HEX_32 = r"^[0-9a-f]{32}$"
 _HEX_64 = r"^[0-9a-f]{64}$"
 
 
+# For a token that is not known the file is looked at again, but no more often than so:
+# anybody can make one up.
+_NEW_S = 0.05
+
+
 class TokenFileError(Exception):
     """A file of tokens can't be used; the text has the remedy, and no secret."""
 
@@ -147,7 +152,7 @@ class TokenFile:
         """
         self._path = path
         self._look_s = look_s
-        self._look_at = time.monotonic() + look_s
+        self._looked_at = time.monotonic()
         self._seen = _signature(path)
         self._tokens = _by_id(read(path))
         self._failed: tuple[object, str] | None = None
@@ -158,11 +163,14 @@ class TokenFile:
 
         While the file can't be read, the last ones that could hold.
         """
-        now = time.monotonic()
-        if now >= self._look_at:
-            self._look_at = now + self._look_s
-            self._reload()
+        self._look(self._look_s)
         return self._tokens
+
+    def _look(self, after_s: float) -> None:
+        now = time.monotonic()
+        if now >= self._looked_at + after_s:
+            self._looked_at = now
+            self._reload()
 
     def find(self, text: str) -> Token | None:
         """Finds a token; an expired one, too.
@@ -178,6 +186,9 @@ class TokenFile:
             return None
         id_, secret = match.groups()
         found = self.current().get(id_)
+        if found is None:  # It may be new.
+            self._look(_NEW_S)
+            found = self._tokens.get(id_)
         # A hash takes 25 us of a call, as often as others use the processor's caches
         # between two calls. What was hashed before is compared as it is.
         verified = self._verified.get(id_, _NOBODY_SECRET)

@@ -211,6 +211,17 @@ def test_an_unchanged_file_is_not_read_again(
     until(lambda: file.current() and "1 tokens" in caplog.text)
 
 
+def test_a_new_token_counts_at_once(path: Path) -> None:
+    tokens.create(path, "ada", ["read"], None)
+    file = TokenFile(path, look_s=60)
+    bob, text = tokens.create(path, "bob", ["read"], None)
+    time.sleep(0.1)
+    assert file.find(text) == bob
+    # Whoever makes tokens up has the file looked at now and then.
+    _, other = tokens.create(path, "eve", ["read"], None)
+    assert file.find(other) is None
+
+
 def test_only_the_whole_secret_is_found(path: Path) -> None:
     _, ada = tokens.create(path, "ada", ["read"], None)
     _, bob = tokens.create(path, "bob", ["read"], None)
