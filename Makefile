@@ -42,7 +42,7 @@ serve: $(VENV)/.runtime ## Serves examples/functions.py on localhost:50051
 
 .PHONY: test
 test: $(VENV)/.dev ## Runs the tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 3  # Many wait for servers to start.
 
 .PHONY: test-slow
 test-slow: $(VENV)/.dev ## Runs the tests that take longer, such as the gallery's pages

@@ -558,6 +558,7 @@ def test_a_worker_that_can_not_start_stops_the_server(
     assert re.search(words, found), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "has_others", [False, pytest.param(True, marks=pytest.mark.slow)]
 )

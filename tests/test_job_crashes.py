@@ -222,6 +222,7 @@ def test_a_job_that_ends_its_server_again_and_again_leaves_room_for_others(home)
     home.start().calls.wait("a")
 
 
+@pytest.mark.slow
 def test_a_job_outlives_the_worker_process_that_runs_it(tmp_path):
     with closing(JobHome(tmp_path, JACSERVE_ISOLATION="process")) as home:
         home.fatal.write_text("100")
