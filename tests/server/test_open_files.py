@@ -7,25 +7,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import grpc
-import pytest
 
 from guarded import Authority, Tokens, ask, bearer, connected
 from server_process import ServerProcess, server_process
 
 LIST = "/jacserve.v1.JacobianService/ListFunctions"
 TOO_MANY = "Too many open files"
-
-
-@pytest.fixture
-def functions(tmp_path: Path) -> Path:
-    file = tmp_path / "functions.py"
-    file.write_text(
-        "from jacserve_server import Registry\nfrom jaxtyping import Array, Float\n"
-        "registry = Registry()\n"
-        '@registry.function\ndef f(x: Float[Array, "2"]) -> Float[Array, "2"]:\n'
-        "    return x\n"
-    )
-    return file
 
 
 @contextmanager

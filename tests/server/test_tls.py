@@ -329,18 +329,6 @@ def test_metrics_on_a_network_are_warned_of(caplog: pytest.LogCaptureFixture) ->
     assert not warnings_of(Config.load(metrics_port=0))
 
 
-@pytest.fixture
-def functions(tmp_path: Path) -> Path:
-    file = tmp_path / "functions.py"
-    file.write_text(
-        "from jacserve_server import Registry\nfrom jaxtyping import Array, Float\n"
-        "registry = Registry()\n"
-        '@registry.function\ndef f(x: Float[Array, "2"]) -> Float[Array, "2"]:\n'
-        "    return x\n"
-    )
-    return file
-
-
 def test_the_command_refuses_a_network(functions: Path) -> None:
     with pytest.raises(AssertionError, match="--insecure") as refused:
         with server_process(functions, "--host", "0.0.0.0"):
